@@ -1,0 +1,60 @@
+# People, hooks and CI all call these targets.
+PYTHON ?= python3
+SHELL := /bin/bash
+UV := .venv-uv/bin/uv
+BIN := $(CURDIR)/.venv/bin
+export PATH := $(BIN):$(PATH)
+COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-annotate
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint lock lock-check clean
+
+help: ## list these targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup: .venv/.complete ## the locked environment in .venv
+
+.venv/.complete: requirements/all.lock requirements/bootstrap.lock pyproject.toml
+	@command -v git > /dev/null || { echo "make setup needs git on PATH." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+		{ echo "Pleat needs Python 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; exit 1; }
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet --require-hashes -r requirements/bootstrap.lock
+	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
+	$(UV) pip sync --quiet --python .venv/bin/python --require-hashes --compile-bytecode requirements/all.lock
+	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
+	@touch $@
+
+demo: setup ## the whole pipeline on the embedded sample
+	dvc repro
+	@pleat leaderboard --next-steps
+
+test: setup ## all tests
+	pytest
+
+lint: setup lock-check ## format, lints, types, lock files
+	ruff format --check .
+	ruff check .
+	mypy
+
+lock: .venv-uv/bin/uv ## renew requirements/*.lock from pyproject.toml
+	$(UV) $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements/all.lock
+	cp requirements/all.lock requirements/core.lock  # uv prefers the versions it finds in its output file
+	$(UV) $(COMPILE) pyproject.toml -o requirements/core.lock
+
+# A resolution that starts from the pinned versions changes nothing as long as pyproject.toml and the locks agree.
+lock-check: .venv-uv/bin/uv
+	@mkdir -p .pleat/lock && cp requirements/*.lock .pleat/lock/
+	@$(UV) $(COMPILE) --all-extras pyproject.toml -o .pleat/lock/all.lock
+	@$(UV) $(COMPILE) pyproject.toml -o .pleat/lock/core.lock
+	@diff -rq requirements .pleat/lock && ! grep -hE '^[a-z0-9]' requirements/core.lock | cut -d' ' -f1 | sort -u | \
+		comm -23 - <(grep -hE '^[a-z0-9]' requirements/all.lock | cut -d' ' -f1 | sort -u) | grep . || \
+		{ echo "pyproject.toml and requirements/*.lock disagree: run 'make lock'." >&2; exit 1; }
+
+.venv-uv/bin/uv:
+	$(PYTHON) -m venv .venv-uv
+	.venv-uv/bin/pip install --quiet --require-hashes -r requirements/bootstrap.lock
+
+clean: ## remove the environment and what the pipeline wrote (raw batches and DVC's cache stay)
+	rm -rf .venv .venv-uv .pleat reports data/ingest data/validate data/split data/prepare data/train \
+		data/evaluate data/profile data/compare

@@ -1,0 +1,1 @@
+"""Pleat: retrains image classifiers as a dependable routine."""

@@ -1,0 +1,191 @@
+"""`pleat STEP ...`: one sub-command for each stage of dvc.yaml, and what people type themselves.
+
+Stages are imported only when they run, so that `--help` is quick.
+"""
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from pipeline_steps import params
+from pipeline_steps.errors import PleatError
+from pipeline_steps.params import Params
+from pipeline_steps.progress import say
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Runs one sub-command; a user's error ends with one sentence on stderr and exit status 1."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    arguments = build_parser().parse_args()
+    try:
+        arguments.run(arguments)
+    except PleatError as error:
+        print(f"pleat: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("pleat: interrupted; nothing half-written was kept. Run the same command to go on.", file=sys.stderr)
+        sys.stdout.flush()
+        # Worker threads may be inside a decoder; they hold nothing that must be finished.
+        os._exit(EXIT_INTERRUPTED)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = argparse.ArgumentParser(prog="pleat", description="Retrains image classifiers as a dependable routine.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_people_commands(commands)
+    for name, text in (
+        ("ingest", "Read one batch: decode every image once; write manifest, quarantine and packed images."),
+        ("validate", "Drop and merge labels, remove copies, check the manifest with Great Expectations."),
+        ("split", "Set the permanent holdout aside and divide the rest into stratified folds."),
+        ("prepare", "Compute what a model trains on, once for all folds: frozen features or uint8 pixels."),
+        ("train", "Train one fold of one model; an interrupted fold goes on from its last epoch."),
+        ("evaluate", "Score a model's out-of-fold predictions: metrics with spread, pictures, worst mistakes."),
+        ("profile", "Count a model's parameters and multiply-accumulates."),
+        ("compare", "Write the leaderboard, the quality-against-cost plot and the report page."),
+    ):
+        stage = commands.add_parser(
+            name, help=text, description=text + " A stage of dvc.yaml; settings in params.yaml."
+        )
+        if name in ("prepare", "train", "evaluate", "profile"):
+            stage.add_argument("model", help="a name of `models` in params.yaml")
+        if name in ("ingest", "prepare"):
+            stage.add_argument("batch", help="a folder of data/raw")
+        if name == "train":
+            stage.add_argument("fold", type=int, help="the fold that is scored, counted from 0")
+        stage.set_defaults(run=globals()[f"_{name}"])
+    return parser
+
+
+def _add_people_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "Put recipes/RECIPE.yaml in place as params.yaml; values are checked before it is written."
+    use = commands.add_parser("use", help=text, description=text)
+    use.add_argument("recipe", help="a file of recipes/, without .yaml")
+    use.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="such as experiment.seed=3; repeatable"
+    )
+    use.set_defaults(run=_use)
+
+    data = commands.add_parser("data", help="Add a batch of images, or draw the sample.")
+    actions = data.add_subparsers(required=True, metavar="ACTION")
+    text = "Copy SOURCE to data/raw/NAME, track it with DVC and list it in params.yaml; completely or not at all."
+    add = actions.add_parser("add", help=text, description=text)
+    add.add_argument("source", help="a folder, a .zip or .tar file, a git URL, or s3://bucket/prefix")
+    add.add_argument("--name", required=True, help="the batch's name")
+    add.add_argument("--format", default="auto", choices=["auto", "clothing_csv", "class_folders"])
+    add.set_defaults(run=_data_add)
+    text = "Draw the small set of garment images that data/raw/sample holds."
+    sample = actions.add_parser("sample", help=text, description=text)
+    sample.add_argument("folder", type=Path)
+    sample.set_defaults(run=_data_sample)
+
+    text = "Log to MLflow what could not be logged while it was away."
+    commands.add_parser("sync", help=text, description=text).set_defaults(run=_sync)
+
+
+def _use(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import recipes
+
+    recipes.use(arguments.recipe, arguments.set)
+
+
+def _data_add(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import data_add
+
+    data_add.add(arguments.source, arguments.name, arguments.format)
+
+
+def _data_sample(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import sample
+
+    sample.draw_sample(arguments.folder)
+    say(f"The sample was drawn in {arguments.folder}.")
+
+
+def _sync(_: argparse.Namespace) -> None:
+    from pipeline_steps.tracking import Tracker, tracking_uri
+
+    Tracker(params.load()).sync()
+    say(f"MLflow at {tracking_uri()} has every finished stage of this folder.")
+
+
+def _ingest(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import ingest
+
+    loaded = params.load()
+    frozen = [loaded.models[name] for name in loaded.experiment.models]
+    for model in (model for model in frozen if isinstance(model, params.FrozenModel)):
+        from pipeline_steps.vision.weights import check_weights
+
+        check_weights(model.backbone, Path(model.weights) if model.weights else None)  # before any long work
+    ingest.run(loaded, arguments.batch)
+
+
+def _validate(_: argparse.Namespace) -> None:
+    from pipeline_steps import validate
+
+    validate.run(params.load())
+
+
+def _split(_: argparse.Namespace) -> None:
+    from pipeline_steps import split
+
+    split.run(params.load())
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import prepare
+
+    loaded = params.load()
+    prepare.run(loaded, _defined(loaded, arguments.model), arguments.batch)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import train
+    from pipeline_steps.live import LiveLog
+
+    loaded = params.load()
+    model = _defined(loaded, arguments.model)
+    train.run(loaded, model, arguments.fold, on_epoch=LiveLog(loaded, model, arguments.fold))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import evaluate
+    from pipeline_steps.tracking import Tracker, tolerant
+
+    loaded = params.load()
+    evaluate.run(loaded, _defined(loaded, arguments.model))
+    with tolerant():
+        Tracker(loaded).model(arguments.model)
+
+
+def _profile(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import profile
+
+    loaded = params.load()
+    profile.run(loaded, _defined(loaded, arguments.model))
+
+
+def _compare(_: argparse.Namespace) -> None:
+    from pipeline_steps import compare
+    from pipeline_steps.tracking import Tracker, tolerant
+
+    loaded = params.load()
+    compare.run(loaded)
+    with tolerant():
+        Tracker(loaded).pipeline()
+
+
+def _defined(loaded: Params, model: str) -> str:
+    if model not in loaded.models or model not in loaded.training:
+        raise PleatError(f"params.yaml defines no model '{model}'; it has {', '.join(sorted(loaded.models))}.")
+    return model
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,202 @@
+"""Stage `compare`: the evaluated models become a leaderboard, a choice with its reason, and the landing page."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline_steps import metrics, pages, plots_compare
+from pipeline_steps.errors import PleatError
+from pipeline_steps.evaluate import number_or_none
+from pipeline_steps.files import read_json, write_csv, write_json, write_text
+from pipeline_steps.metrics import HEADLINES, Spread
+from pipeline_steps.params import Params
+from pipeline_steps.plots import with_spread
+from pipeline_steps.plots_compare import with_unit
+
+LOG_WIDTH = 1000  # columns where the output is no terminal, so that a log never cuts a name
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The best model, and how it stands to the runner-up (None where only one model ran)."""
+
+    model: str
+    f1_weighted: float
+    runner_up: str | None
+    lead: Spread | None  # paired by fold
+    reason: str
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the lead is larger than what another division into folds could turn round."""
+        return self.lead is None or self.lead.ci95_low > 0
+
+
+def run(params: Params, root: Path = Path()) -> pd.DataFrame:
+    """Writes reports/ (leaderboard.csv, leaderboard.json, two pictures, index.html) and data/compare/chosen.json.
+
+    Only the models of `params.experiment.models` count. The leaderboard is printed too.
+
+    Returns:
+        The leaderboard, best first: by mean weighted F1, then fewer MACs, then name. One row a model; model, each
+        headline score with _std, f1_weighted_ci95_low and _high, params (weights), macs (for one image), input_size
+        (pixels a side). Undefined numbers are NaN.
+
+    Raises:
+        PleatError: a model is not evaluated or profiled, or models were scored on different data.
+    """
+    data, models = root / "data", params.experiment.models
+    summaries = {model: read_json(data / "evaluate" / model / "metrics.json") for model in models}
+    _check_same_data(summaries, len(params.experiment.folds))
+    board = leaderboard(summaries, {model: read_json(data / "profile" / f"{model}.json") for model in models})
+    choice = choose(board, {model: summary["f1_weighted"]["folds"] for model, summary in summaries.items()})
+    ranked = list(board["model"])
+    reports = root / "reports"
+    classes = class_f1(reports, ranked)
+
+    write_csv(reports / "leaderboard.csv", board)
+    write_json(reports / "leaderboard.json", _by_model(board))
+    plots_compare.quality_against_macs(reports / "quality_against_macs.png", board)
+    by_fold = {model: summaries[model]["f1_weighted"]["folds"] for model in ranked}
+    plots_compare.f1_by_fold(reports / "f1_by_fold.png", params.experiment.folds, by_fold)
+    chosen = {"model": choice.model, "f1_weighted": choice.f1_weighted, "reason": choice.reason}
+    write_json(data / "compare" / "chosen.json", chosen)
+    counts_file = data / "validate" / "counts.json"
+    counts = read_json(counts_file) if counts_file.exists() else {}
+    if counts:
+        counts["dropped"] = {label: sum(n.values()) for label, n in counts["dropped"].items() if sum(n.values())}
+    page = pages.landing_page(
+        board,
+        choice,
+        next(iter(summaries.values())),
+        classes,
+        counts=counts,
+        reports=reports,
+    )
+    write_text(reports / "index.html", page)
+    print_board(board, choice)
+    return board
+
+
+def leaderboard(summaries: dict[str, Any], profiles: dict[str, Any]) -> pd.DataFrame:
+    """One row a model, best first; see `run` for the columns.
+
+    Args:
+        summaries: model to the content of its metrics.json.
+        profiles: model to {"params", "macs", "input_size"}.
+    """
+    rows = []
+    for model, summary in summaries.items():
+        row: dict[str, Any] = {"model": model}
+        for name in HEADLINES:
+            row |= {name: summary[name]["mean"], f"{name}_std": summary[name]["std"]}
+            if name == "f1_weighted":
+                row |= {f"{name}_{key}": summary[name][key] for key in ("ci95_low", "ci95_high")}
+        rows.append(row | {key: int(profiles[model][key]) for key in ("params", "macs", "input_size")})
+    board = pd.DataFrame(rows)
+    # None of JSON becomes NaN; the costs stay whole numbers.
+    scores = [column for column in map(str, board.columns) if column.startswith(HEADLINES)]
+    board = board.astype(dict.fromkeys(scores, float))
+    return board.sort_values(["f1_weighted", "macs", "model"], ascending=[False, True, True], ignore_index=True)
+
+
+def choose(board: pd.DataFrame, folds: dict[str, list[float]]) -> Choice:
+    """Takes the first of the leaderboard and says in plain sentences how sure that is.
+
+    Args:
+        board: the leaderboard, best first.
+        folds: model to its weighted F1 on each fold, the same folds for all.
+    """
+    best = board.iloc[0]
+    model, score, k = str(best["model"]), float(best["f1_weighted"]), len(folds[str(best["model"])])
+    interval = f"{score:.3f}, 95% interval {best['f1_weighted_ci95_low']:.3f} to {best['f1_weighted_ci95_high']:.3f}"
+    if len(board) == 1:
+        reason = f"{model} is the only model that ran; its mean weighted F1 over {k} folds is {interval}."
+        return Choice(model, score, None, None, reason)
+    second = board.iloc[1]
+    runner_up = str(second["model"])
+    lead = metrics.paired_difference(folds[model], folds[runner_up])
+    wins = sum(one > other for one, other in zip(folds[model], folds[runner_up], strict=True))
+    reason = (
+        f"{model} has the highest mean weighted F1 of {len(board)} models over {k} folds ({interval}). "
+        f"It leads {runner_up} by {lead.mean:.3f} and is ahead on {wins} of the {k} folds; paired by fold, the 95% "
+        f"interval of the lead is {lead.ci95_low:+.3f} to {lead.ci95_high:+.3f}"
+    )
+    choice = Choice(model, score, runner_up, lead, reason)
+    if choice.is_clear:
+        return Choice(model, score, runner_up, lead, f"{reason}, so it is larger than the fold-to-fold spread.")
+    reason += f", so it lies inside the fold-to-fold spread: these folds do not show that {model} is the better one."
+    if second["macs"] < best["macs"]:
+        reason += f" {runner_up} needs only {_share(second['macs'], best['macs'])} of the MACs."
+    return Choice(model, score, runner_up, lead, reason)
+
+
+def class_f1(reports: Path, models: list[str]) -> pd.DataFrame:
+    """Mean F1 of each class: a column a model, index (class, support), the most frequent class first.
+
+    Raises:
+        PleatError: a model has no per-class table.
+    """
+    columns = []
+    for model in models:
+        path = reports / "models" / model / "per_class.csv"
+        if not path.exists():
+            raise PleatError(f"{path} is missing: {model} is not evaluated; run `dvc repro`.")
+        # A class may be called "NA" or "null": only empty numbers are missing here.
+        table = pd.read_csv(path, dtype={"class": str}, keep_default_na=False, na_values={"f1_mean": [""]})
+        columns.append(table.set_index(["class", "support"])["f1_mean"].rename(model))
+    return pd.concat(columns, axis=1).sort_index(level=["support", "class"], ascending=[False, True])
+
+
+def print_board(board: pd.DataFrame, choice: Choice) -> None:
+    """Prints the leaderboard and the reason for the choice."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=LOG_WIDTH)
+    table = Table(title="Leaderboard: mean over folds ± standard deviation", title_justify="left", box=box.SIMPLE)
+    table.add_column("model", no_wrap=True)
+    for title in ("weighted F1", "macro F1", "accuracy", "ROC-AUC", "params", "MACs"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in board.to_dict("records"):
+        first, *others = HEADLINES
+        scores = [with_spread(row[first], row[f"{first}_std"]), *(with_spread(row[name], None) for name in others)]
+        style = "bold" if row["model"] == choice.model else ""
+        table.add_row(Text(row["model"]), *scores, with_unit(row["params"]), with_unit(row["macs"]), style=style)
+    console.print(table)
+    console.print(Text(choice.reason))
+
+
+def _check_same_data(summaries: dict[str, Any], n_folds: int) -> None:
+    first = next(iter(summaries))
+    for model in summaries:
+        for key in ("n_samples", "n_classes"):
+            if summaries[model][key] != summaries[first][key]:
+                raise PleatError(
+                    f"{first} was scored on {summaries[first][key]} {key[2:]}, but {model} on {summaries[model][key]}: "
+                    "they cannot be compared. Run `dvc repro`, so that both are of the same split."
+                )
+        scored = len(summaries[model]["f1_weighted"]["folds"])
+        if scored != n_folds:
+            raise PleatError(f"{model} was scored on {scored} folds, but params.yaml lists {n_folds}; run `dvc repro`.")
+
+
+def _by_model(board: pd.DataFrame) -> dict[str, Any]:
+    records = board.to_dict("records")
+    return {
+        row["model"]: {
+            str(key): number_or_none(value) if isinstance(value, float) else value
+            for key, value in row.items()
+            if key != "model"
+        }
+        for row in records
+    }
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if part / whole >= 0.01 else "less than 1%"

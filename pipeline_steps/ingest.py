@@ -1,0 +1,170 @@
+"""Stage `ingest`: one batch of raw files becomes a manifest, a quarantine and one packed file of images."""
+
+import hashlib
+import io
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import cast
+
+import imagehash
+import pandas as pd
+import pyarrow as pa
+from PIL import Image
+
+from pipeline_steps import formats
+from pipeline_steps.errors import PleatError
+from pipeline_steps.files import atomic_folder, write_json, write_parquet
+from pipeline_steps.params import Ingest, Params
+from pipeline_steps.progress import say, track
+from pipeline_steps.vision.upright import is_plain_jpeg, upright_rgb
+
+QUARANTINE_COLUMNS = ["batch", "source_path", "label", "reason", "detail"]
+PACK_SCHEMA = pa.schema([("sample_id", pa.string()), ("bytes", pa.large_binary()), ("plain_jpeg", pa.bool_())])
+ROWS_A_CHUNK = 256  # images held in memory at a time
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one readable image turned out to be; `phash` is 16 hex digits."""
+
+    sample_id: str
+    width: int
+    height: int
+    n_bytes: int
+    phash: str
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an image goes to the quarantine."""
+
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One entry of images.arrow."""
+
+    encoded: bytes
+    plain_jpeg: bool
+
+
+def run(params: Params, batch: str, root: Path = Path()) -> None:
+    """Writes data/ingest/BATCH: manifest.parquet, quarantine.parquet, images.arrow, counts.json.
+
+    Every row of the batch's labels and every image file ends up either in the manifest or in the quarantine.
+
+    Raises:
+        PleatError: the batch is absent or empty, its format is not recognised, or no image can be read.
+    """
+    folder = root / "data" / "raw" / batch
+    if not folder.is_dir():
+        raise PleatError(
+            f"params.yaml lists the batch '{batch}', but {folder} does not exist. "
+            f"Add it with `pleat data add SOURCE --name {batch}`, fetch it with `dvc pull`, or remove it from the list."
+        )
+    listing = formats.read(folder, params.ingest.format)
+    rows = listing.rows.assign(batch=batch)
+    refused = [
+        {"batch": batch, "source_path": path, "label": "", "reason": "no label", "detail": "no row names this file"}
+        for path in listing.unlabelled
+    ]
+    # Pillow's own limit only warns below twice its value; `ingest.max_pixels` is checked before decoding instead.
+    Image.MAX_IMAGE_PIXELS = None
+
+    with atomic_folder(root / "data" / "ingest" / batch) as out:
+        manifest, refused_rows = _read_all(rows, folder, params.ingest, out / "images.arrow")
+        quarantine = pd.DataFrame([*refused_rows, *refused], columns=QUARANTINE_COLUMNS, dtype="str")
+        if manifest.empty:
+            raise PleatError(
+                f"Not one image of {folder} could be used ({_reasons(quarantine)}); "
+                "look at the files, or name another batch in params.yaml."
+            )
+        write_parquet(out / "manifest.parquet", manifest)
+        write_parquet(out / "quarantine.parquet", quarantine)
+        counts = {"samples": len(manifest), "quarantine": dict(Counter(quarantine["reason"]))}
+        write_json(out / "counts.json", counts)
+    say(f"ingest {batch}: {len(manifest):,} images in the manifest, quarantine: {_reasons(quarantine)}")
+
+
+def _read_all(
+    rows: pd.DataFrame, folder: Path, limits: Ingest, pack: Path
+) -> tuple[pd.DataFrame, list[dict[str, str]]]:
+    kept: list[dict[str, object]] = []
+    refused: list[dict[str, str]] = []
+    packed: set[str] = set()
+    results = track(_inspect_rows(rows, folder, limits), f"ingest {rows['batch'].iat[0]}", len(rows), "images")
+    with pa.OSFile(str(pack), "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer:
+        chunk: list[tuple[str, bytes, bool]] = []
+        for row, (found, image) in zip(cast("list[dict[str, str]]", rows.to_dict("records")), results, strict=True):
+            if isinstance(found, Refusal):
+                refused.append({**row, **asdict(found)})
+                continue
+            kept.append({**asdict(found), **row})
+            # Exact copies are packed once; `validate` decides which of their rows stays.
+            if image is not None and found.sample_id not in packed:
+                packed.add(found.sample_id)
+                chunk.append((found.sample_id, image.encoded, image.plain_jpeg))
+            if len(chunk) == ROWS_A_CHUNK:
+                writer.write_batch(_record_batch(chunk))
+                chunk = []
+        if chunk:
+            writer.write_batch(_record_batch(chunk))
+    return pd.DataFrame(kept), refused
+
+
+def _record_batch(chunk: list[tuple[str, bytes, bool]]) -> pa.RecordBatch:
+    columns = [pa.array(column, type=field.type) for column, field in zip(zip(*chunk, strict=True), PACK_SCHEMA)]
+    return pa.record_batch(columns, schema=PACK_SCHEMA)
+
+
+def _inspect_rows(
+    rows: pd.DataFrame, folder: Path, limits: Ingest
+) -> Iterator[tuple[Sample | Refusal, Packed | None]]:
+    # Threads suffice: Pillow decodes outside the interpreter lock, and Ctrl-C leaves no process behind.
+    inspect = partial(_inspect, folder=folder, limits=limits)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(rows), ROWS_A_CHUNK):
+            part = rows.iloc[start : start + ROWS_A_CHUNK]
+            yield from pool.map(inspect, part["source_path"], part["label"])
+
+
+def _inspect(source_path: str, label: str, folder: Path, limits: Ingest) -> tuple[Sample | Refusal, Packed | None]:
+    if not formats.inside(folder, source_path):
+        return Refusal("outside the folder", "the path leads out of the batch's folder"), None
+    path = folder / source_path
+    if not path.is_file():
+        return Refusal("missing file", "a row names this file, but it does not exist"), None
+    if not label.strip():
+        return Refusal("no label", "the row's label is empty"), None
+    encoded = path.read_bytes()
+    if not encoded:
+        return Refusal("undecodable", "the file is empty"), None
+    try:
+        with Image.open(io.BytesIO(encoded)) as image:
+            width, height = image.size
+            if width * height > limits.max_pixels:
+                return Refusal("too many pixels", f"{width}x{height} is over ingest.max_pixels"), None
+            plain_jpeg = is_plain_jpeg(image)
+            upright = upright_rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow's decoders raise many kinds for broken files
+        reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
+        return Refusal(reason, str(error).replace(f"{io.BytesIO()!r}"[:20], "the file")[:200]), None
+    if min(upright.size) < limits.min_side_px:
+        return Refusal("too small", f"{upright.width}x{upright.height} is under ingest.min_side_px"), None
+    sample_id = hashlib.sha256(encoded).hexdigest()
+    sample = Sample(sample_id, upright.width, upright.height, len(encoded), str(imagehash.phash(upright)))
+    return sample, Packed(encoded, plain_jpeg)
+
+
+def _reasons(quarantine: pd.DataFrame) -> str:
+    counts = Counter(quarantine["reason"])
+    return ", ".join(f"{n:,} {reason}" for reason, n in sorted(counts.items())) or "empty"

@@ -1,0 +1,269 @@
+"""params.yaml as frozen, strict models: an unknown key or a wrong type is an error with the key's full path."""
+
+import unicodedata
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from pipeline_steps.errors import PleatError
+
+# Names become folders, DVC stage names (`train@MODEL-FOLD`) and MLflow run names.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=80)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+MAX_FOLDS = 1000
+LONGEST_VALUE_SHOWN = 80
+
+
+class Strict(BaseModel):
+    """Base of every block: no unknown keys, no silent conversions, no changes after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Experiment(Strict):
+    """What runs: the three lists are the matrix of dvc.yaml."""
+
+    recipe: str
+    seed: Annotated[int, Field(ge=0, lt=2**32)]
+    batches: Annotated[list[Name], Field(min_length=1)]
+    models: Annotated[list[Name], Field(min_length=1)]
+    folds: list[int]
+
+    @field_validator("batches", "models")
+    @classmethod
+    def _once(cls, names: list[str]) -> list[str]:
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"names '{name}' more than once; every entry may appear only once")
+        return names
+
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _count_to_list(cls, folds: Any) -> Any:
+        return list(range(min(max(folds, 0), MAX_FOLDS + 1))) if type(folds) is int else folds
+
+    @field_validator("folds")
+    @classmethod
+    def _consecutive(cls, folds: list[int]) -> list[int]:
+        if not 2 <= len(folds) <= MAX_FOLDS or folds != list(range(len(folds))):
+            raise ValueError(f"must be the list 0, 1, 2, ... with at least two folds and at most {MAX_FOLDS}")
+        return folds
+
+
+class Ingest(Strict):
+    """What an image must be to enter the manifest."""
+
+    format: Literal["auto", "clothing_csv", "class_folders"]
+    min_side_px: Annotated[int, Field(ge=1)]
+    max_pixels: Annotated[int, Field(ge=1)]
+
+
+class Labels(Strict):
+    """Which labels stay, and under which names."""
+
+    drop: list[str]
+    merge: dict[str, str]
+
+    @model_validator(mode="after")
+    def _drop_or_merge(self) -> "Labels":
+        dropped = {plain_label(label) for label in self.drop}
+        for label in (*self.merge, *self.merge.values()):
+            if plain_label(label) in dropped:
+                raise ValueError(f"names '{label}' under both `drop` and `merge`; a label is either dropped or merged")
+        return self
+
+
+class Holdout(Strict):
+    """The part that is set aside for ever; `fraction: 0` switches it off."""
+
+    fraction: Fraction
+    salt: str
+
+
+class Split(Strict):
+    """How samples are divided into holdout and folds."""
+
+    group_by: Literal["sender_id"] | None
+    near_copy_max_distance: Annotated[int, Field(ge=0, le=16)]
+    holdout: Holdout
+
+
+class Head(Strict):
+    """The classifier on pooled features: linear where `hidden` is 0, else with one hidden layer of that width."""
+
+    hidden: Annotated[int, Field(ge=0)]
+    dropout: Fraction
+
+
+class Training(Strict):
+    """Head and training loop; the same for a head on frozen features and for a network on pixels."""
+
+    head: Head
+    max_epochs: Annotated[int, Field(ge=1)]
+    patience: Annotated[int, Field(ge=1)]
+    inner_fraction: Annotated[float, Field(gt=0, le=0.5)]
+    batch_size: Annotated[int, Field(ge=1)]
+    learning_rate: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    label_smoothing: Fraction
+    class_weights: Literal["none", "balanced"]
+    mirror: bool
+
+
+class FrozenModel(Strict):
+    """A timm backbone that is never updated, with a linear head trained on its pooled features."""
+
+    kind: Literal["frozen"]
+    backbone: str
+    weights: str | None
+
+
+class Block(Strict):
+    """One convolution with batch norm and ReLU, followed by max pooling where `pool` > 1."""
+
+    filters: Annotated[int, Field(ge=1)]
+    kernel: Annotated[int, Field(ge=1)]
+    pool: Annotated[int, Field(ge=1)]
+
+
+class CustomCnn(Strict):
+    """A plain convolutional network trained from scratch on pixels."""
+
+    kind: Literal["custom_cnn"]
+    input_size: Annotated[int, Field(ge=8)]
+    blocks: Annotated[list[Block], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _pooling_fits(self) -> "CustomCnn":
+        side = self.input_size
+        for block in self.blocks:
+            side //= block.pool
+        if side < 1:
+            raise ValueError(f"pools an input of {self.input_size} pixels down to nothing; use fewer or smaller pools")
+        return self
+
+
+Model = Annotated[FrozenModel | CustomCnn, Discriminator("kind")]
+
+
+class Params(Strict):
+    """The whole of params.yaml."""
+
+    experiment: Experiment
+    ingest: Ingest
+    labels: Labels
+    split: Split
+    models: dict[Name, Model]
+    training: dict[Name, Training]
+
+    @model_validator(mode="after")
+    def _models_exist(self) -> "Params":
+        for block, defined in (("models", self.models), ("training", self.training)):
+            for name in self.experiment.models:
+                if name not in defined:
+                    raise ValueError(
+                        f"`experiment.models` names '{name}', but `{block}` has only {', '.join(sorted(defined)) or '{}'}"
+                    )
+        return self
+
+
+def plain_label(label: str) -> str:
+    """What of a label counts when it is looked up in `labels.drop` or `labels.merge`: neither case nor outer space."""
+    return unicodedata.normalize("NFC", label).strip().casefold()
+
+
+def load(path: Path = Path("params.yaml")) -> Params:
+    """Reads and checks a params.yaml.
+
+    Raises:
+        PleatError: the file is absent, is no YAML, or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        document = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PleatError(f"{path} does not exist here; run pleat in the project's folder, or `pleat use sample`.") from None
+    except OSError as error:
+        raise PleatError(f"{path} cannot be read: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise PleatError(f"{path} is not UTF-8; save it as UTF-8, or put a recipe in place with `pleat use`.") from None
+    except MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise PleatError(f"{path} is not valid YAML: {line}{error.problem}.") from None
+    except YAMLError as error:
+        raise PleatError(f"{path} is not valid YAML: {' '.join(str(error).split())}.") from None
+    return check(document, str(path))
+
+
+def check(document: Any, where: str) -> Params:
+    """Turns a mapping into `Params`.
+
+    Raises:
+        PleatError: with one sentence for each wrong key, naming its full path.
+    """
+    if not isinstance(document, Mapping):
+        found = "is empty" if document is None else f"holds {_shown(document)}"
+        raise PleatError(f"{where} {found}, but must hold blocks such as `experiment:`; `pleat use sample` writes them.")
+    try:
+        return Params.model_validate(document)
+    except ValidationError as error:
+        raise PleatError(" ".join(_sentence(item, where) for item in error.errors())) from None
+
+
+def _sentence(error: Any, where: str) -> str:
+    location, kind, given = list(error["loc"]), error["type"], error.get("input")
+    if location[-1:] == ["[key]"]:  # pydantic's way to say that the entry's name itself is wrong
+        block = ".".join(map(str, location[:-2]))
+        return f"{where}: every name in `{block}` must be {_expected(error)}, but one is {_shown(given)}."
+    # Below models.NAME pydantic adds the union's branch (the model's kind), which is no key of the file.
+    if location[:1] == ["models"] and len(location) > 2:
+        del location[2]
+    key = ".".join(map(str, location))
+    if kind in ("extra_forbidden", "invalid_key"):
+        return f"{where}: unknown key `{key}`; remove it or correct its name."
+    if kind == "missing":
+        return f"{where}: `{key}` is missing."
+    if kind == "value_error":
+        return f"{where}: {f'`{key}` ' if key else ''}{error['ctx']['error']}."
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        found = f"but got {_shown(given['kind'])}" if "kind" in given else "but is missing"
+        return f"{where}: `{key}.kind` must be 'frozen' or 'custom_cnn', {found}."
+    return f"{where}: `{key}` must be {_expected(error)}, but got {_shown(given)}."
+
+
+def _expected(error: Any) -> str:
+    """What a value must be, in words of the file's reader instead of pydantic's."""
+    kind, limit = error["type"], error.get("ctx", {})
+    if kind == "literal_error":
+        return f"{limit['expected']}{' or null' if error['loc'][-1] == 'group_by' else ''}"
+    words = {
+        "string_type": "text (put it in quotes)",
+        "int_type": "a whole number",
+        "float_type": "a number",
+        "finite_number": "a finite number",
+        "bool_type": "true or false",
+        "list_type": "a list",
+        "dict_type": "a block of keys",
+        "model_type": "a block of keys",
+        "model_attributes_type": "a block of keys",
+        "string_pattern_mismatch": "letters, digits, '_' and '.', beginning with a letter or digit",
+        "string_too_long": f"at most {limit.get('max_length')} characters long",
+        "too_short": f"a list of at least {limit.get('min_length')}",
+        "greater_than_equal": f"at least {limit.get('ge')}",
+        "greater_than": f"more than {limit.get('gt')}",
+        "less_than_equal": f"at most {limit.get('le')}",
+        "less_than": f"less than {limit.get('lt')}",
+    }
+    return words.get(kind) or error["msg"].removeprefix("Input should be ")
+
+
+def _shown(value: Any) -> str:
+    """A value as it stands in YAML, shortened."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    text = repr(value)
+    return text if len(text) <= LONGEST_VALUE_SHOWN else f"{text[:LONGEST_VALUE_SHOWN]}..."

@@ -1,0 +1,231 @@
+"""The pictures of one model, and the restrained style of all: colour-blind-safe, titled, the same bytes each time.
+
+Nothing here touches pyplot, so there is no global state and no display; pictures are drawn by Agg.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.typing import RcKeyType
+
+from pipeline_steps import metrics
+from pipeline_steps.files import atomic_path
+from pipeline_steps.metrics import Floats, Ints
+
+DPI = 150
+INK, SOFT, PALE = "#1f2328", "#6e7781", "#c9d1d9"
+BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
+SERIES = [BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY]  # Okabe & Ito 2008, safe for colour-blind readers
+MARKERS = ["o", "s", "^", "D", "v", "P"]
+STYLE: dict[RcKeyType, Any] = {
+    "figure.facecolor": "white",
+    "font.family": "DejaVu Sans",  # ships with matplotlib, so every machine draws the same letters
+    "font.size": 9,
+    "text.color": INK,
+    "text.parse_math": False,  # a class named "$x_1$" is a name, not a formula
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.titlepad": 10,
+    "axes.edgecolor": PALE,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#eaeef2",
+    "grid.linewidth": 0.8,
+    "xtick.color": PALE,
+    "ytick.color": PALE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "legend.frameon": False,
+    "lines.linewidth": 1.5,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+}
+LABELS = {
+    "f1_weighted": "Weighted F1",
+    "f1_macro": "Macro F1",
+    "accuracy": "Accuracy",
+    "roc_auc_macro": "ROC-AUC (macro)",
+}
+MAX_NAME = 30  # characters of a class name that a picture shows
+N_HIGHLIGHTED = 5  # ROC curves that are told apart by colour
+
+
+@contextmanager
+def figure(path: Path, width_in: float, height_in: float) -> Iterator[Figure]:
+    """Yields an empty figure of the given size in inches; on success writes it to `path` as PNG, atomically."""
+    with matplotlib.rc_context(STYLE):
+        drawing = Figure(figsize=(width_in, height_in), dpi=DPI, layout="constrained")
+        yield drawing
+        with atomic_path(path) as partial:
+            drawing.savefig(partial, format="png", dpi=DPI, metadata={"Software": None})
+
+
+def with_spread(mean: float | None, std: float | None) -> str:
+    """`0.786 ± 0.009`; an undefined number is a dash."""
+    if mean is None or np.isnan(mean):
+        return "—"
+    return f"{mean:.3f}" if std is None or np.isnan(std) else f"{mean:.3f} ± {std:.3f}"
+
+
+def short(name: str) -> str:
+    """A name that fits into a picture; a long one loses its middle, as names often differ at one of their ends."""
+    name = " ".join(name.split())
+    return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 + 1 :]}"
+
+
+def confusion(path: Path, counts: Ints, classes: Sequence[str]) -> None:
+    """Confusion matrix: colour is the share of the actual class, the number is the count (c, c)."""
+    size = len(classes)
+    cell_in = float(np.clip(9 / size, 0.22, 0.55))
+    tick_pt = min(9.0, cell_in * 72 * 0.42)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    names = [short(name) for name in classes]
+    longest_in = max(map(len, names)) * tick_pt * 0.6 / 72
+    side_in = size * cell_in + longest_in
+    with figure(path, max(5.0, side_in + 1.5), max(3.6, side_in + 1.0)) as drawing:
+        axes = drawing.add_subplot()
+        image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+        axes.set_title("Actual class against prediction", loc="left")
+        axes.set_xlabel("predicted")
+        axes.set_ylabel("actual")
+        axes.set_xticks(range(size), names, rotation=90 if size > 4 else 0, fontsize=tick_pt)
+        axes.set_yticks(range(size), names, fontsize=tick_pt)
+        axes.tick_params(length=0)
+        axes.grid(False)
+        axes.spines[:].set_visible(False)
+        digits = len(str(counts.max()))
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            axes.text(
+                column, row, f"{counts[row, column]}", ha="center", va="center",
+                fontsize=min(9.0, cell_in * 72 * 0.85 / max(digits, 2) / 0.64),
+                color="white" if shares[row, column] > 0.65 else INK,
+            )  # fmt: skip
+        bar = drawing.colorbar(
+            image, ax=axes, shrink=min(1.0, 4 / (size * cell_in)), aspect=18, fraction=0.05, pad=0.02
+        )
+        bar.ax.yaxis.set_major_formatter(PercentFormatter(1))
+        bar.set_label("share of the actual class")
+        bar.outline.set_visible(False)
+
+
+def per_class(path: Path, classes: pd.DataFrame) -> None:
+    """F1 of each class with its interval, beside precision and recall; the weakest class is at the bottom."""
+    table = classes.sort_values(["f1_mean", "class"], ascending=[True, False], na_position="first")
+    height = np.arange(len(table))
+    with figure(path, 8.2, 1.5 + 0.27 * len(table)) as drawing:
+        axes = drawing.add_subplot()
+        axes.hlines(height, table["f1_ci95_low"], table["f1_ci95_high"], color=BLUE, lw=5, alpha=0.25)
+        for name, marker, colour, label in (
+            ("precision", "|", VERMILLION, "precision"),
+            ("recall", "x", GREEN, "recall"),
+            ("f1", "o", BLUE, "F1, with 95% interval over folds"),
+        ):
+            axes.scatter(table[f"{name}_mean"], height, marker=marker, color=colour, label=label, s=36, zorder=3)
+        support = zip(table["class"], table["support"], strict=True)
+        axes.set_yticks(height, [f"{short(name)}  ({count:,})" for name, count in support])
+        axes.set_ylim(-0.7, len(table) - 0.3)
+        axes.set_xlim(-0.02, 1.02)
+        axes.set_xlabel("score, mean over folds (samples of the class in brackets)")
+        axes.set_title("Scores of each class", loc="left")
+        drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3)
+
+
+def roc(path: Path, classes: pd.DataFrame, folds: Sequence[tuple[Ints, Any]]) -> None:
+    """Left the mean ROC curve over folds of each class against the rest, right each class's area.
+
+    Args:
+        path: the PNG to write.
+        classes: the per-class table, rows in the order of the class numbers.
+        folds: for each fold the class numbers (n,) and probabilities (n, c).
+    """
+    grid = np.linspace(0, 1, 201)
+    false_rates = np.append(0, grid)  # every curve begins at (0, 0), most of them with a vertical step
+    table = classes.sort_values(["roc_auc_mean", "class"], ascending=[True, False], na_position="first")
+    defined = table["roc_auc_mean"].notna().to_numpy()
+    weakest = list(table.index[defined][:N_HIGHLIGHTED])
+    colour = {number: SERIES[place] for place, number in enumerate(weakest)}
+    curves = {number: curve for number in table.index if (curve := _mean_curve(folds, int(number), grid)) is not None}
+    with figure(path, 10.2, max(4.9, 1.3 + 0.24 * len(table))) as drawing:
+        left, right = drawing.subplots(1, 2, width_ratios=[1.15, 1])
+        left.plot([0, 1], [0, 1], color=PALE, lw=1, ls=(0, (4, 3)))
+        for number, curve in curves.items():
+            width, order = (1.6, 3) if number in colour else (1.0, 2)
+            left.plot(false_rates, np.append(0, curve), color=colour.get(number, PALE), lw=width, zorder=order)
+        if curves:
+            left.plot(false_rates, np.append(0, np.mean(list(curves.values()), axis=0)), color=INK, lw=2.2, zorder=4)
+            left.text(0.97, 0.04, "black: mean of all classes\ncoloured: as on the right", ha="right", color=SOFT)
+        left.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", anchor="N")
+        left.set(xlabel="false positive rate", ylabel="true positive rate")
+        left.set_title("ROC, one class against the rest, mean over folds", loc="left")
+        height = np.arange(len(table))
+        colours = [colour.get(number, SOFT) for number in table.index]
+        areas, stds = table["roc_auc_mean"], table["roc_auc_std"]
+        right.errorbar(areas, height, xerr=stds, fmt="none", ecolor=colours, elinewidth=1.2)
+        right.scatter(areas, height, color=colours, s=24, zorder=3)
+        right.set_yticks(height, [short(name) for name in table["class"]])
+        right.set_ylim(-0.7, len(table) - 0.3)
+        right.set_xlim(right=min(right.get_xlim()[1], 1.005))
+        right.xaxis.set_major_locator(MaxNLocator(5))
+        right.set_xlabel("ROC-AUC, mean ± standard deviation over folds")
+        right.set_title("Area under the curve", loc="left")
+
+
+def _mean_curve(folds: Sequence[tuple[Ints, Any]], number: int, grid: Floats) -> Floats | None:
+    curves = [
+        metrics.roc_curve(actual == number, probability[:, number])
+        for actual, probability in folds
+        if 0 < (actual == number).sum() < len(actual)
+    ]
+    return metrics.mean_roc_curve(curves, grid) if curves else None
+
+
+def curves(path: Path, history: pd.DataFrame, best_epochs: Mapping[int, int]) -> None:
+    """Loss and inner weighted F1 over the epochs, a line a fold, a dot where the kept weights are from."""
+    with figure(path, 10.2, 3.7) as drawing:
+        left, right = drawing.subplots(1, 2)
+        for place, (fold, best_epoch) in enumerate(sorted(best_epochs.items())):
+            rows = history[history["fold"] == fold]
+            label = {"train": "training part", "inner": "inner part (chooses the epoch)"} if place == 0 else {}
+            left.plot(rows["epoch"], rows["train_loss"], color=BLUE, lw=1, alpha=0.8, label=label.get("train"))
+            left.plot(rows["epoch"], rows["inner_loss"], color=VERMILLION, lw=1, alpha=0.8, label=label.get("inner"))
+            right.plot(rows["epoch"], rows["inner_f1_weighted"], color=VERMILLION, lw=1, alpha=0.8)
+            best = rows[rows["epoch"] == best_epoch]
+            right.plot(best["epoch"], best["inner_f1_weighted"], "o", color=INK, ms=5, zorder=3)
+        left.set_title("Loss, one line a fold", loc="left")
+        left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
+        left.legend(loc="best")
+        right.set_title("Weighted F1 on the inner part; dots: epoch kept", loc="left")
+        right.set(xlabel="epoch", ylabel="weighted F1")
+        for axes in (left, right):
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+
+
+def folds(path: Path, table: pd.DataFrame, summary: Mapping[str, Any]) -> None:
+    """The headline scores of each fold, their mean and 95% interval."""
+    with figure(path, 8.2, 2.9) as drawing:
+        axes = drawing.add_subplot()
+        for height, name in enumerate(reversed(metrics.HEADLINES)):
+            one = summary[name]
+            scores = table[name].to_numpy(dtype=float)
+            axes.scatter(scores, np.full(len(scores), height), facecolor="none", edgecolor=SOFT, s=34, zorder=3)
+            if one["ci95_low"] is not None:
+                axes.hlines(height, one["ci95_low"], one["ci95_high"], color=BLUE, lw=7, alpha=0.25)
+            if one["mean"] is not None:
+                axes.plot(one["mean"], height, "|", color=BLUE, ms=17, mew=2.5, zorder=4)
+                text = with_spread(one["mean"], one["std"])
+                axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), va="center")
+        axes.set_yticks(range(len(metrics.HEADLINES)), [LABELS[name] for name in reversed(metrics.HEADLINES)])
+        axes.set_ylim(-0.6, len(metrics.HEADLINES) - 0.4)
+        axes.set_xlabel("score; circles: folds, bar: mean, band: 95% interval, right: mean ± standard deviation")
+        axes.set_title("Scores of each fold", loc="left")

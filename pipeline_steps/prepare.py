@@ -1,0 +1,96 @@
+"""Stage `prepare`: what a model trains on, once for all folds: frozen features or uint8 pixels of one batch."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline_steps.errors import PleatError
+from pipeline_steps.files import atomic_folder, write_json
+from pipeline_steps.params import CustomCnn, FrozenModel, Params
+from pipeline_steps.progress import say, track
+
+IMAGES_A_CHUNK = 256
+
+
+def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
+    """Writes data/prepare/MODEL/BATCH: inputs.npy, sample_ids.json and inputs.json.
+
+    inputs.npy is float32 (n, 2, n_features) for a frozen backbone, plain and mirrored view; uint8 (n, 3, size, size)
+    for a network that is trained on pixels. Row i belongs to sample_ids[i].
+
+    Raises:
+        PleatError: the backbone's weights cannot be had, or the batch was not ingested.
+    """
+    settings = params.models[model]
+    pack = root / "data" / "ingest" / batch / "images.arrow"
+    if not pack.is_file():
+        raise PleatError(f"{pack} is missing: the stage ingest has not run; run `dvc repro`.")
+    with pa.memory_map(str(pack)) as source, atomic_folder(root / "data" / "prepare" / model / batch) as out:
+        table = pa.ipc.open_file(source).read_all()
+        ids = table["sample_id"].to_pylist()
+        images = ((row["bytes"], row["plain_jpeg"]) for row in _rows(table))
+        if isinstance(settings, FrozenModel):
+            rows, about = _features(settings, images, root)
+        else:
+            rows, about = _pixels(settings, images), {"kind": "pixels"}
+        title = f"prepare {model} on {batch}"
+        shape = _write(out / "inputs.npy", track(rows, title, len(ids), "images"), len(ids))
+        about |= {"shape": list(shape), "sha256": _sha256(out / "inputs.npy")}
+        write_json(out / "sample_ids.json", ids)
+        write_json(out / "inputs.json", about)
+    say(f"prepare {model} on {batch}: {about['kind']} of {len(ids):,} images, shape {shape}")
+
+
+def _rows(table: pa.Table) -> Iterator[dict]:
+    for part in table.to_batches(max_chunksize=IMAGES_A_CHUNK):
+        yield from part.to_pylist()
+
+
+def _features(
+    settings: FrozenModel, images: Iterator[tuple[bytes, bool]], root: Path
+) -> tuple[Iterator[np.ndarray], dict]:
+    from pipeline_steps.vision.backbones import extract, load_backbone
+
+    weights = root / settings.weights if settings.weights else None
+    backbone, preprocessing = load_backbone(settings.backbone, weights)
+    about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
+    return extract(backbone, preprocessing, images), about
+
+
+def _pixels(settings: CustomCnn, images: Iterator[tuple[bytes, bool]]) -> Iterator[np.ndarray]:
+    import torch
+
+    from pipeline_steps.vision.images import decode, resize_crop
+
+    torch.set_num_threads(1)  # parallel over images instead
+    size = settings.input_size
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        while chunk := list(islice(images, IMAGES_A_CHUNK)):
+            yield from pool.map(lambda image: resize_crop(decode(*image), size, size).numpy(), chunk)
+
+
+def _write(path: Path, rows: Iterator[np.ndarray], n_rows: int) -> tuple[int, ...]:
+    """Streams the rows into a .npy file, so that memory does not grow with the data.
+
+    Written, not memory-mapped: a full disk is then an error to report, not a killed process.
+    """
+    shape: tuple[int, ...] = (n_rows,)
+    with path.open("wb") as file:
+        for row in rows:
+            if len(shape) == 1:
+                shape = (n_rows, *row.shape)
+                header = {"descr": np.lib.format.dtype_to_descr(row.dtype), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+            file.write(np.ascontiguousarray(row).data)
+    return shape
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

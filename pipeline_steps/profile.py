@@ -1,0 +1,24 @@
+"""Stage `profile`: what one model costs, as totals."""
+
+from pathlib import Path
+
+from pipeline_steps.complexity.totals import count
+from pipeline_steps.files import read_parquet, write_json
+from pipeline_steps.params import Params
+from pipeline_steps.progress import say
+
+
+def run(params: Params, model: str, root: Path = Path()) -> dict[str, int]:
+    """Writes data/profile/MODEL.json: parameters and multiply-accumulates of one image, head included, and input size.
+
+    Raises:
+        PleatError: timm does not know the backbone.
+    """
+    n_classes = read_parquet(root / "data" / "split" / "folds.parquet")["label"].nunique()
+    totals = count(params.models[model], params.training[model].head, n_classes)
+    write_json(root / "data" / "profile" / f"{model}.json", totals)
+    say(
+        f"profile {model}: {totals['params'] / 1e6:,.2f} M parameters, {totals['macs'] / 1e6:,.1f} M MACs "
+        f"at {totals['input_size']} pixels"
+    )
+    return totals

@@ -1,0 +1,281 @@
+"""Every run in MLflow: one for each model's cross-validation, a child for each fold, one for the whole pipeline.
+
+A run is found again by a key made of what went into it. So a fold that DVC took from its cache is linked, not logged
+twice, and what could not be logged while a server was away is logged later by `pleat sync` from the stages' outputs.
+"""
+
+import hashlib
+import json
+import math
+import os
+import subprocess
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+from ruamel.yaml import YAML
+
+from pipeline_steps.files import read_json, read_parquet
+from pipeline_steps.metrics import headlines
+from pipeline_steps.params import Params
+from pipeline_steps.progress import say
+
+# A server that is away must not hold up training: MLflow's own defaults retry for minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+
+import mlflow
+import requests
+from mlflow.data.pandas_dataset import from_pandas
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+EXPERIMENT = "pleat"
+KEY_TAG = "pleat.key"
+PARENT_TAG = "mlflow.parentRunId"
+SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
+SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
+TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py")
+CODE = Path(__file__).parent
+
+
+@contextmanager
+def tolerant() -> Iterator[None]:
+    """Turns a failure of MLflow into one line: a tracking server that is away never costs a training run."""
+    try:
+        yield
+    except (MlflowException, OSError) as error:  # the exceptions of requests are OSErrors
+        reason = " ".join(str(error).split())[:160]
+        say(
+            f"MLflow at {_without_password(tracking_uri())} cannot be used ({type(error).__name__}: {reason}). "
+            "Nothing is lost: results stay in data/ and reports/. Run `pleat sync` once MLflow is back."
+        )
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or a SQLite file in the project's folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+class Tracker:
+    """Logs stage outputs to MLflow.
+
+    Raises (all methods):
+        MlflowException, OSError: MLflow cannot be reached; see `tolerant`.
+    """
+
+    def __init__(self, params: Params, root: Path = Path()) -> None:
+        self.params, self.root = params, root
+        uri = tracking_uri()
+        if uri.startswith("http"):
+            requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
+        (root / ".pleat").mkdir(exist_ok=True)
+        # Processes that migrate one new database at the same time all fail, so the first to come does it alone.
+        with FileLock(root / ".pleat" / "mlflow.lock"):
+            mlflow.set_tracking_uri(uri)
+            self.client = MlflowClient(uri)
+            experiment = self.client.get_experiment_by_name(EXPERIMENT)
+            self.experiment = experiment.experiment_id if experiment else self.client.create_experiment(EXPERIMENT)
+
+    def epochs(self, model: str, fold: int, history: list[dict[Any, Any]]) -> None:
+        """Logs the epochs that a fold's run does not have yet, in one batch.
+
+        Args:
+            history: one mapping an epoch: `epoch` (from 1) and its metrics.
+        """
+        run = self._fold_run(model, fold)
+        if run.info.status == "FINISHED":
+            return
+        seen = self.client.get_metric_history(run.info.run_id, "train_loss")
+        last = max((metric.step for metric in seen), default=0)
+        fresh = [line for line in history if line["epoch"] > last]
+        metrics = [metric for line in fresh for metric in _metrics(line, step=int(line["epoch"]))]
+        self.client.log_batch(run.info.run_id, metrics=metrics)
+
+    def fold(self, model: str, fold: int) -> None:
+        """Logs a finished fold from its outputs; one that MLflow already has is left as it is."""
+        folder = self.root / "data" / "train" / model / f"fold_{fold}"
+        self.epochs(model, fold, pd.read_csv(folder / "history.csv").to_dict("records"))
+        run = self._fold_run(model, fold)
+        if run.info.status != "FINISHED":
+            values = {**read_json(folder / "metrics.json"), **scores_of(read_parquet(folder / "predictions.parquet"))}
+            self.client.log_batch(run.info.run_id, metrics=_metrics(values, step=0))
+            self.client.set_terminated(run.info.run_id)
+
+    def model(self, model: str) -> None:
+        """Logs a model's folds, its cross-validation summary and its report."""
+        for fold in self.params.experiment.folds:
+            self.fold(model, fold)
+        run_id = self._model_run(model).info.run_id
+        summary = read_json(self.root / "data" / "evaluate" / model / "metrics.json")
+        values = {
+            name + suffix: summary[name][part] for name in SUMMARY_METRICS for part, suffix in SUMMARY_PARTS.items()
+        }
+        self.client.log_batch(run_id, metrics=_metrics(values, step=0))
+        self.client.log_artifacts(run_id, str(self.root / "reports" / "models" / model), "report")
+        self.client.set_terminated(run_id)
+
+    def pipeline(self) -> None:
+        """Logs the leaderboard with its pages and every model's cost, and ties the models' runs to this run."""
+        runs = {model: self._model_run(model) for model in self.params.experiment.models}
+        leaderboard = pd.read_csv(self.root / "reports" / "leaderboard.csv").set_index("model")
+        chosen = read_json(self.root / "data" / "compare" / "chosen.json")
+        key = _digest(*(run.data.tags[KEY_TAG] for run in runs.values()))
+        run_id = self._find_or_create(f"pipeline {self.params.experiment.recipe}", key, "pipeline").info.run_id
+        self.client.set_tag(run_id, "pleat.chosen", chosen["model"])
+        self.client.log_batch(run_id, metrics=_metrics({"f1_weighted": chosen["f1_weighted"]}, step=0))
+        for model, run in runs.items():
+            cost = {name: int(leaderboard[name][model]) for name in ("params", "macs")}
+            self.client.log_batch(run.info.run_id, metrics=_metrics(cost, step=0))
+            self.client.set_tag(run.info.run_id, "pleat.pipeline_run", run_id)
+            self.client.set_tag(run_id, f"pleat.model_run.{model}", run.info.run_id)
+        for file in sorted((self.root / "reports").glob("*.*")):
+            self.client.log_artifact(run_id, str(file), "report")
+        self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
+        self.client.set_terminated(run_id)
+
+    def sync(self) -> None:
+        """Logs whatever finished stages have left in this folder and MLflow does not have."""
+        data, experiment = self.root / "data", self.params.experiment
+        for model in experiment.models:
+            for fold in experiment.folds:
+                if (data / "train" / model / f"fold_{fold}" / "metrics.json").exists():
+                    self.fold(model, fold)
+            if (data / "evaluate" / model / "metrics.json").exists():
+                self.model(model)
+        if (data / "compare" / "chosen.json").exists():
+            self.pipeline()
+
+    def _fold_run(self, model: str, fold: int) -> Run:
+        parent = self._model_run(model)
+        name = f"{model} fold {fold}"
+        return self._find_or_create(name, self._fold_key(model, fold), "fold", model, parent.info.run_id, fold=fold)
+
+    def _model_run(self, model: str) -> Run:
+        key = _digest(*(self._fold_key(model, fold) for fold in self.params.experiment.folds))
+        return self._find_or_create(model, key, "model", model)
+
+    def _fold_key(self, model: str, fold: int) -> str:
+        """Names everything that a fold's result depends on: settings, code, folds and prepared inputs."""
+        experiment, data = self.params.experiment, self.root / "data"
+        settings = (self.params.models[model].model_dump(), self.params.training[model].model_dump())
+        code = [(CODE / name).read_bytes() for name in TRAINING_CODE]
+        inputs = [(data / "prepare" / model / batch / "inputs.json").read_bytes() for batch in experiment.batches]
+        folds = (data / "split" / "folds.parquet").read_bytes()
+        return _digest(json.dumps([settings, model, experiment.seed, fold]), *code, *inputs, folds)
+
+    def _find_or_create(
+        self, name: str, key: str, kind: str, model: str | None = None, parent: str | None = None, **params: Any
+    ) -> Run:
+        found = self._oldest(key)
+        if found is not None:
+            return found
+        tags = {
+            KEY_TAG: key, "mlflow.runName": name, "pleat.kind": kind, "pleat.recipe": self.params.experiment.recipe,
+            "pleat.data_version": data_version(self.params.experiment.batches, self.root),
+            "pleat.code_version": code_version(self.root), "mlflow.source.name": f"dvc.yaml ({kind})",
+        }  # fmt: skip
+        if parent:
+            tags[PARENT_TAG] = parent
+        run: Run = self.client.create_run(self.experiment, tags=tags, run_name=name)
+        self.client.log_batch(run.info.run_id, params=self._params(model, params))
+        self._log_dataset(run.info.run_id)
+        # Two processes may have created the same run at once: the older one stays, and both go on with it.
+        oldest = self._oldest(key)
+        if oldest is not None and oldest.info.run_id != run.info.run_id:
+            self.client.delete_run(run.info.run_id)
+            return oldest
+        return run
+
+    def _oldest(self, key: str) -> Run | None:
+        runs = self.client.search_runs(
+            [self.experiment], f"tags.`{KEY_TAG}` = '{key}'", order_by=["attributes.start_time ASC"]
+        )
+        return min(runs, key=lambda run: (run.info.start_time, run.info.run_id), default=None)
+
+    def _params(self, model: str | None, more: Mapping[str, Any]) -> list[Param]:
+        experiment = self.params.experiment
+        values: dict[str, Any] = {"batches": experiment.batches, "folds": len(experiment.folds), **more}
+        values |= {"seed": experiment.seed, **_flat("split", self.params.split.model_dump())}
+        if model:
+            values |= {"model": model, **_flat("model", self.params.models[model].model_dump())}
+            values |= _flat("training", self.params.training[model].model_dump())
+        return [Param(key, str(value)[:6000]) for key, value in values.items()]
+
+    def _log_dataset(self, run_id: str) -> None:
+        path = self.root / "data" / "split" / "folds.parquet"
+        name = ",".join(self.params.experiment.batches)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about integer columns, and two equal ways to read a local path
+            dataset = from_pandas(read_parquet(path), source=str(path), name=name, targets="label")
+            entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
+        self.client.log_inputs(run_id, [entity])
+
+
+def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
+    """The headline scores of one fold's predictions (columns label and `p:CLASS`)."""
+    classes = [column.removeprefix("p:") for column in map(str, predictions) if column.startswith("p:")]
+    number = {name: code for code, name in enumerate(classes)}
+    actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
+    return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
+
+
+def data_version(batches: list[str], root: Path = Path()) -> str:
+    """DVC's hash of each batch's raw folder, as dvc.lock (or the batch's .dvc file) records it."""
+    lock = _yaml(root / "dvc.lock").get("stages", {})
+    versions = []
+    for batch in batches:
+        deps = lock.get(f"ingest@{batch}", {}).get("deps", [])
+        outs = _yaml(root / "data" / "raw" / f"{batch}.dvc").get("outs", [])
+        found = [item["md5"] for item in (*deps, *outs) if item["path"] in (f"data/raw/{batch}", batch)]
+        versions.append(f"{batch}={found[0] if found else 'unversioned'}")
+    return ",".join(versions)
+
+
+def code_version(root: Path = Path()) -> str:
+    """The commit of the checkout, with `-dirty` where tracked files differ from it."""
+    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+    done = subprocess.run(git, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no git"
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    return dict(YAML(typ="safe").load(path)) if path.is_file() else {}
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
+    return flat
+
+
+def _metrics(values: Mapping[str, float | None], step: int) -> list[Metric]:
+    now = int(time.time() * 1000)
+    return [
+        Metric(key, float(value), now, step)
+        for key, value in values.items()
+        if key != "epoch" and value is not None and not math.isnan(value)
+    ]
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
+    return digest.hexdigest()
+
+
+def _without_password(uri: str) -> str:
+    split = urlsplit(uri)
+    return split._replace(netloc=split.netloc.rpartition("@")[2]).geturl() if "@" in split.netloc else uri

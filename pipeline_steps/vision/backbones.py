@@ -1,0 +1,158 @@
+"""Frozen timm backbones: their weights, their preprocessing, and feature extraction."""
+
+import io
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+import timm
+import torch
+from torch import Tensor, nn
+
+from pipeline_steps.errors import PleatError
+from pipeline_steps.vision.images import decode, resize_crop
+from pipeline_steps.vision.weights import check_weights, unknown_model
+
+# Small enough to stay in a core's cache: one session a core, each with its own images, is faster than one session
+# spread over all cores (benchmarks/features.py).
+IMAGES_A_CALL = 2
+GPU_BATCH = 256
+
+
+class Backbone(nn.Module):
+    """A timm network without its classifier that takes raw uint8 pixels; never trained, so always in eval mode."""
+
+    def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.network = network
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255)
+        self.eval().requires_grad_(False)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels uint8 (batch, 3, size, size) to pooled features float32 (batch, n_features)."""
+        features: Tensor = self.network((pixels.float() - self.mean) / self.std)
+        return features
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the backbone was trained to see: shorter side to `resize`, central `crop`, in pixels."""
+
+    resize: int
+    crop: int
+
+
+def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocessing]:
+    """Builds a timm backbone with pre-trained weights, from a .safetensors file or from timm's hub.
+
+    Raises:
+        PleatError: timm does not know the name, the file is absent or does not fit, or the hub cannot be reached.
+    """
+    if not timm.is_model(name):
+        raise unknown_model(name)
+    check_weights(name, weights)
+    overlay = {"file": str(weights)} if weights else None
+    try:
+        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
+    except (RuntimeError, KeyError) as error:
+        if weights is None:
+            raise
+        raise PleatError(f"The weights {weights} do not fit {name}: {' '.join(str(error).split())[:300]}") from error
+    data = timm.data.resolve_model_data_config(network)
+    crop = int(data["input_size"][-1])
+    return Backbone(network, data["mean"], data["std"]), Preprocessing(int(crop / data["crop_pct"]), crop)
+
+
+def extract(
+    backbone: Backbone, preprocessing: Preprocessing, images: Iterable[tuple[bytes, bool]]
+) -> Iterator[np.ndarray]:
+    """Features of each image and of its mirrored view.
+
+    Args:
+        images: encoded bytes and `plain_jpeg` of each image.
+
+    Yields:
+        float32 (2, n_features) an image, in order: plain, mirrored.
+    """
+    if torch.cuda.is_available():
+        yield from _extract_on_gpu(backbone.cuda(), preprocessing, images)
+    else:
+        yield from _extract_on_cpu(backbone, preprocessing, images)
+
+
+def onnx_bytes(backbone: Backbone, size: int) -> bytes:
+    """The backbone as an ONNX file: input `pixels` uint8 (batch, 3, size, size), output `features`."""
+    file = io.BytesIO()
+    example = torch.zeros(2, 3, size, size, dtype=torch.uint8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the newer exporter takes ten times as long for the same graph
+        torch.onnx.export(
+            backbone,
+            (example,),
+            file,  # type: ignore[arg-type]
+            dynamo=False,
+            input_names=["pixels"],
+            output_names=["features"],
+            dynamic_axes={"pixels": {0: "batch"}, "features": {0: "batch"}},
+        )
+    return file.getvalue()
+
+
+def cpu_runner(backbone: Backbone, size: int) -> Callable[[np.ndarray], np.ndarray]:
+    """uint8 (batch, 3, size, size) to float32 (batch, n_features) on one core; may be called from many threads."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(onnx_bytes(backbone, size), options, providers=["CPUExecutionProvider"])
+    return lambda pixels: session.run(None, {"pixels": pixels})[0]
+
+
+def _extract_on_cpu(
+    backbone: Backbone, preprocessing: Preprocessing, images: Iterable[tuple[bytes, bool]]
+) -> Iterator[np.ndarray]:
+    run = cpu_runner(backbone, preprocessing.crop)
+    torch.set_num_threads(1)  # each worker thread decodes and resizes on its own core
+
+    def both_views(image: tuple[bytes, bool]) -> np.ndarray:
+        pixels = resize_crop(decode(*image), preprocessing.resize, preprocessing.crop).numpy()
+        return run(np.stack([pixels, pixels[:, :, ::-1]]))
+
+    n_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        waiting: SimpleQueue = SimpleQueue()
+        for image in images:
+            waiting.put(pool.submit(both_views, image))
+            if waiting.qsize() > 16 * n_threads:  # bounds the encoded images held in memory
+                yield waiting.get().result()
+        while not waiting.empty():
+            yield waiting.get().result()
+
+
+def _extract_on_gpu(
+    backbone: Backbone, preprocessing: Preprocessing, images: Iterable[tuple[bytes, bool]]
+) -> Iterator[np.ndarray]:
+    def features(batch: list[Tensor]) -> np.ndarray:
+        pixels = torch.stack(batch).cuda(non_blocking=True)
+        with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+            views = [backbone(pixels), backbone(pixels.flip(-1))]
+        return torch.stack(views, dim=1).float().cpu().numpy()
+
+    batch: list[Tensor] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        prepare = pool.map(lambda image: resize_crop(decode(*image), preprocessing.resize, preprocessing.crop), images)
+        for pixels in prepare:
+            batch.append(pixels)
+            if len(batch) == GPU_BATCH:
+                yield from features(batch)
+                batch = []
+        if batch:
+            yield from features(batch)

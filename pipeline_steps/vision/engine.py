@@ -1,0 +1,202 @@
+"""The training loop: seeded, early-stopped on an inner part, resumable after every epoch."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.metrics import f1_score
+from torch import Tensor, nn
+
+from pipeline_steps.files import atomic_path
+from pipeline_steps.vision.inputs import Inputs
+
+SCORE_BATCH = 512
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One line of the history; losses are cross entropies in nats."""
+
+    epoch: int
+    train_loss: float
+    inner_loss: float
+    inner_f1_weighted: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The training loop's settings, as in the `training` block of params.yaml."""
+
+    max_epochs: int
+    patience: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    label_smoothing: float
+    balanced: bool
+    mirror: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The best epoch's weights and every epoch's line."""
+
+    state: dict[str, Tensor]
+    history: list[Epoch]
+    best_epoch: int
+
+
+def device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def fit(
+    network: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    train_rows: Tensor,
+    inner_rows: Tensor,
+    schedule: Schedule,
+    checkpoint: Path,
+    inputs_version: str,
+    on_epoch: Callable[[Epoch], None],
+) -> Fitted:
+    """Trains `network` and returns the weights of the epoch with the best weighted F1 on the inner rows.
+
+    After every epoch the whole state is saved in `checkpoint`; a later call with the same arguments goes on from it
+    and ends with the same weights as an undisturbed run (on a CPU, bit for bit). A checkpoint of other arguments is
+    ignored.
+
+    Args:
+        network: takes what `inputs.batch` gives, returns logits (batch, n_classes).
+        labels: int64 (n,), the class index of each row of `inputs`.
+        train_rows: int64, rows to learn from.
+        inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold.
+        inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
+        on_epoch: called with each finished epoch, also with those found in the checkpoint.
+    """
+    torch.manual_seed(schedule.seed)
+    order = torch.Generator().manual_seed(schedule.seed)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
+    )
+    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.max_epochs)
+    n_classes = int(labels.max()) + 1
+    weight = class_weights(labels[train_rows], n_classes) if schedule.balanced else None
+    loss = nn.CrossEntropyLoss(weight, label_smoothing=schedule.label_smoothing)
+
+    history: list[Epoch] = []
+    best = _copy(network)
+    key = _fingerprint(network, labels, train_rows, inner_rows, schedule, inputs_version)
+    saved = _load(checkpoint, key)
+    if saved is not None:
+        network.load_state_dict(saved["network"])
+        optimizer.load_state_dict(saved["optimizer"])
+        decay.load_state_dict(saved["decay"])
+        order.set_state(saved["order"])
+        torch.set_rng_state(saved["rng"])
+        best = saved["best"]
+        history = [Epoch(**line) for line in json.loads(saved["history"])]
+        for line in history:
+            on_epoch(line)
+
+    while len(history) < schedule.max_epochs and len(history) - best_epoch(history) < schedule.patience:
+        train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, loss)
+        decay.step()
+        probabilities = predict(network, inputs, inner_rows, schedule.mirror)
+        truth = labels[inner_rows]
+        line = Epoch(
+            epoch=len(history) + 1,
+            train_loss=train_loss,
+            inner_loss=float(nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), truth)),
+            inner_f1_weighted=float(
+                f1_score(truth.cpu(), probabilities.argmax(1).cpu(), average="weighted", zero_division=0.0)
+            ),
+        )
+        history.append(line)
+        if best_epoch(history) == line.epoch:
+            best = _copy(network)
+        state = {
+            "key": key, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
+            "decay": decay.state_dict(), "order": order.get_state(), "rng": torch.get_rng_state(), "best": best,
+            "history": json.dumps([vars(item) for item in history]),
+        }  # fmt: skip
+        with atomic_path(checkpoint) as partial:
+            torch.save(state, partial)
+        on_epoch(line)
+    return Fitted(best, history, best_epoch(history))
+
+
+def predict(network: nn.Module, inputs: Inputs, rows: Tensor, mirror: bool) -> Tensor:
+    """Class probabilities, float32 (len(rows), n_classes); with `mirror` the mean over the plain and mirrored view."""
+    network.eval()
+    parts = []
+    with torch.inference_mode():
+        for part in rows.split(SCORE_BATCH):
+            plain = torch.zeros(len(part), dtype=torch.bool, device=part.device)
+            views = [plain, ~plain] if mirror else [plain]
+            parts.append(sum(network(inputs.batch(part, view)).float().softmax(1) for view in views) / len(views))
+    return torch.cat(parts)
+
+
+def best_epoch(history: list[Epoch]) -> int:
+    """Number of the first epoch with the highest inner weighted F1; 0 before the first."""
+    return max(history, key=lambda line: line.inner_f1_weighted).epoch if history else 0
+
+
+def class_weights(labels: Tensor, n_classes: int) -> Tensor:
+    """Balanced weights n / (n_classes * count), float32 (n_classes,), as scikit-learn's compute_class_weight."""
+    counts = torch.bincount(labels, minlength=n_classes).clamp_min(1)
+    return len(labels) / (n_classes * counts.float())
+
+
+def _train_epoch(
+    network: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    rows: Tensor,
+    schedule: Schedule,
+    order: torch.Generator,
+    optimizer: torch.optim.Optimizer,
+    loss: nn.Module,
+) -> float:
+    network.train()
+    shuffled = rows[torch.randperm(len(rows), generator=order).to(rows.device)]
+    mirrored = torch.rand(len(rows), generator=order).to(rows.device) < (0.5 if schedule.mirror else 0.0)
+    total = torch.zeros((), device=rows.device)
+    for part, view in zip(shuffled.split(schedule.batch_size), mirrored.split(schedule.batch_size), strict=True):
+        if len(part) == 1 and len(rows) > 1:
+            continue  # batch norm cannot train on a single sample
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(network(inputs.batch(part, view)), labels[part])
+        value.backward()
+        optimizer.step()
+        total += value.detach() * len(part)
+    return float(total) / len(rows)
+
+
+def _fingerprint(
+    network: nn.Module, labels: Tensor, train_rows: Tensor, inner_rows: Tensor, schedule: Schedule, inputs_version: str
+) -> str:
+    digest = hashlib.sha256(repr((schedule, str(network), inputs_version)).encode())
+    for tensor in (*network.state_dict().values(), labels, train_rows, inner_rows):
+        digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
+    return digest.hexdigest()
+
+
+def _copy(network: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+
+
+def _load(checkpoint: Path, key: str) -> dict[str, Any] | None:
+    if not checkpoint.is_file():
+        return None
+    saved: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    return saved if saved["key"] == key else None

@@ -1,0 +1,164 @@
+"""Downloads from an S3 server over HTTP (moto's), and every way in which a store says no."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from pipeline_steps import buckets, sources
+from pipeline_steps.errors import PleatError
+
+SET = {"images.csv": b"image,sender_id,label\na,1,Hat\n", "images/a.jpg": b"a", "Röcke/b c+d%20.jpg": b"b"}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    yield f"http://{host}:{port}"
+    moto.stop()
+
+
+@pytest.fixture
+def client(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A client with the usual AWS variables set; the bucket `photos` is fresh."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "s3cret",
+        "AWS_REGION": "eu-central-1",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_MAX_ATTEMPTS": "1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+    }.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="photos")
+    yield client
+    for item in client.list_objects_v2(Bucket="photos").get("Contents", []):
+        client.delete_object(Bucket="photos", Key=item["Key"])
+    client.delete_bucket(Bucket="photos")
+
+
+@pytest.fixture
+def batch(tmp_path: Path) -> Path:
+    (tmp_path / "staging").mkdir()
+    return tmp_path / "staging" / "batch"
+
+
+def put(client: Any, files: dict[str, bytes]) -> None:
+    for key, data in files.items():
+        client.put_object(Bucket="photos", Key=key, Body=data)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("address", ["s3://photos/in/set", "s3://photos/in/set/"])
+def test_a_prefix_becomes_a_folder(client: Any, batch: Path, monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    monkeypatch.setattr(buckets, "KEYS_A_PART", 2)
+    large = {"images/large.jpg": os.urandom(9_000_000)}  # fetched in several ranges
+    put(client, {f"in/set/{name}": data for name, data in (SET | large).items()})
+    put(client, {"in/set-old/x.jpg": b"x", "other.jpg": b"x", "in/set/images/": b"", "in/set/.DS_Store": b"x"})
+    sources.bring(address, batch)
+    assert contents(batch) == SET | large
+
+
+def test_a_whole_bucket(client: Any, batch: Path) -> None:
+    put(client, {"Hat/a.jpg": b"a"})
+    sources.bring("s3://photos", batch)
+    assert contents(batch) == {"Hat/a.jpg": b"a"}
+
+
+@pytest.mark.parametrize("key", ["in/../../evil.jpg", "in//../evil.jpg", "in/..\\evil.jpg"])
+def test_a_key_that_leads_outside_is_refused_before_anything_is_fetched(client: Any, batch: Path, key: str) -> None:
+    put(client, {"in/Hat/a.jpg": b"a", key: b"evil"})
+    with pytest.raises(PleatError, match=r"s3://photos/in holds .*evil\.jpg', which leads outside"):
+        sources.bring("s3://photos/in", batch)
+    assert not batch.exists()
+
+
+def test_nothing_there(client: Any, batch: Path) -> None:
+    put(client, {"set-old/a.jpg": b"a"})
+    with pytest.raises(PleatError, match="No objects lie below s3://photos/set/; check"):
+        sources.bring("s3://photos/set", batch)
+    with pytest.raises(PleatError, match="Could not download s3://absent/set: the bucket does not exist"):
+        sources.bring("s3://absent/set", batch)
+    assert not batch.exists()
+
+
+def test_no_credentials_or_server(client: Any, batch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound but not listening: refused at once
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:s3cret@127.0.0.1:{closed.getsockname()[1]}")
+        with pytest.raises(PleatError, match="Could not download s3://photos/set: Could not connect") as caught:
+            sources.bring("s3://photos/set", batch)
+    assert "s3cret" not in str(caught.value)
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(PleatError, match=r"Could not download .*profile \(nobody\) could not be found"):
+        sources.bring("s3://photos/set", batch)
+    for name in ("AWS_PROFILE", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    with pytest.raises(PleatError, match="No credentials were found for s3://photos/set; set AWS_ACCESS_KEY_ID"):
+        sources.bring("s3://photos/set", batch)
+
+
+@pytest.mark.parametrize("address", ["s3://", "s3:///set", "s3://a b/set", "s3://me:s3cret@host/set"])
+def test_addresses_without_a_usable_bucket(address: str) -> None:
+    with pytest.raises(PleatError, match="Expected an address such as s3://bucket/folder") as caught:
+        buckets.split_address(address)
+    assert "s3cret" not in str(caught.value)
+
+
+def test_ctrl_c_ends_a_download(client: Any, batch: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that sends half of an object keeps the download open until it is interrupted."""
+    listing = (
+        b'<?xml version="1.0"?><ListBucketResult><Name>photos</Name><IsTruncated>false</IsTruncated><Contents>'
+        b'<Key>Hat/a.jpg</Key><Size>7000000</Size><ETag>"x"</ETag></Contents></ListBucketResult>'
+    )
+    code = "import sys; from pathlib import Path; from pipeline_steps.buckets import download; "
+    code += "download('s3://photos', Path(sys.argv[1]))"
+    with socket.create_server(("127.0.0.1", 0)) as slow:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{slow.getsockname()[1]}")
+        child = subprocess.Popen([sys.executable, "-c", code, str(batch)], stderr=subprocess.PIPE)
+        answer(slow, listing, len(listing)).close()
+        connection = answer(slow, bytes(1_000_000), 7_000_000)
+        until(lambda: any(path.stat().st_size for path in batch.rglob("a.jpg*")))
+        child.send_signal(signal.SIGINT)
+        connection.sendall(bytes(600_000))
+        _, said = child.communicate(timeout=20)
+        assert child.returncode
+        assert b"KeyboardInterrupt" in said
+        connection.close()
+
+
+def answer(server: socket.socket, body: bytes, n_bytes: int) -> socket.socket:
+    """Answers the next request with `body`, announced as `n_bytes` long, and gives back the open connection."""
+    connection, _ = server.accept()
+    while b"\r\n\r\n" not in connection.recv(65536):
+        pass
+    head = b'HTTP/1.1 200 OK\r\nConnection: close\r\nETag: "x"\r\nContent-Length: %d\r\n\r\n' % n_bytes
+    connection.sendall(head + body)
+    return connection
+
+
+def until(condition: Callable[[], bool]) -> None:
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < 30
+        time.sleep(0.01)

@@ -1,0 +1,135 @@
+"""`pleat data add`: what it leaves when it succeeds, and what it says when it cannot begin."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pipeline_steps import data_add, params
+from pipeline_steps.errors import PleatError
+
+pytest_plugins = ["dvc_project"]
+Snapshot = Callable[[], dict[str, bytes | None]]
+
+
+def test_a_folder_becomes_a_tracked_and_listed_batch(
+    root: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (root / "params.yaml").read_text().splitlines()
+    data_add.add(str(clothes), "clothing", root=root)
+    raw = root / "data" / "raw"
+    assert sorted(path.name for path in raw.iterdir()) == [".gitignore", "clothing", "clothing.dvc"]
+    assert sorted(path.name for path in (raw / "clothing").iterdir()) == ["LICENSE", "images", "images.csv"]
+    for path in clothes.rglob("*.*g"):
+        assert (raw / "clothing" / path.relative_to(clothes)).read_bytes() == path.read_bytes()
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=root, capture_output=True, text=True)
+    assert "up to date" in status.stdout
+    after = (root / "params.yaml").read_text().splitlines()
+    changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
+    assert changed == [
+        (
+            "  batches: [sample]               # folders under data/raw; `pleat data add` appends here",
+            "  batches: [sample, clothing]     # folders under data/raw; `pleat data add` appends here",
+        )
+    ]
+    said = capsys.readouterr().out
+    assert "data/raw/clothing: 3 labelled images of 2 labels (clothing_csv)" in said
+    assert "2 rows have no image or no label" in said
+    assert "1 images have no row" in said
+    assert "uses sample, clothing; for clothing alone: `pleat use sample --set 'experiment.batches=[clothing]'`" in said
+    assert "data/raw/clothing.dvc" in said
+    assert "params.yaml`, then `dvc repro`" in said
+
+    # The name is taken now, and stays taken where only the .dvc file came with git.
+    with pytest.raises(PleatError, match="data/raw/clothing exists already, and a batch is never changed"):
+        data_add.add(str(clothes), "clothing", root=root)
+    shutil.rmtree(raw / "clothing")
+    with pytest.raises(PleatError, match=r"'clothing' exists already \(.*clothing\.dvc\); fetch it with `dvc pull`"):
+        data_add.add(str(clothes), "clothing", root=root)
+
+
+def test_a_zip_that_a_recipe_lists_already_in_a_format_that_the_pipeline_would_not_use(
+    root: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The set has both images.csv and class folders."""
+    text = (root / "params.yaml").read_text().replace("batches: [sample] ", "batches: [clothing] ")
+    (root / "params.yaml").write_text(text)
+    with zipfile.ZipFile(root.parent / "set.zip", "w") as archive:
+        for path in clothes.rglob("*"):
+            archive.write(path, path.relative_to(clothes.parent))
+        archive.writestr("clothes/Hat/x.jpg", b"x")
+        archive.writestr("clothes/Shirt/y.jpg", b"y")
+    data_add.add(str(root.parent / "set.zip"), "clothing", "class_folders", root)
+    assert (root / "params.yaml").read_text() == text
+    assert (root / "data" / "raw" / "clothing" / "Hat" / "x.jpg").is_file()
+    said = capsys.readouterr().out
+    assert "3 labels (class_folders)" in said
+    assert "the pipeline would read it as clothing_csv; set `ingest.format: class_folders`" in said
+    assert "The experiment now uses" not in said
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("sample", "reserved for the images that come with Pleat"),
+        ("a-b", "Expected --name to be letters, digits"),
+        ("../up", "but got '../up'"),
+        ("", "Expected --name"),
+        (".hidden", "Expected --name"),
+        ("x" * 81, "at most 80"),
+        ("new\n", "Expected --name"),
+        ("new.dvc", "not ending in .dvc"),
+    ],
+)
+def test_an_unusable_name(root: Path, clothes: Path, name: str, sentence: str, snapshot: Snapshot) -> None:
+    before = snapshot()
+    with pytest.raises(PleatError) as caught:
+        data_add.add(str(clothes), name, root=root)
+    assert sentence in str(caught.value)
+    assert snapshot() == before
+
+
+def test_sources_that_are_no_data_set_leave_nothing(
+    root: Path, clothes: Path, tmp_path: Path, snapshot: Snapshot
+) -> None:
+    before = snapshot()
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "nothing" / ".hidden.jpg").touch()
+    with pytest.raises(PleatError, match="nothing holds no data set that Pleat knows") as caught:
+        data_add.add(str(tmp_path / "nothing"), "new", root=root)
+    assert ".adding" not in str(caught.value)
+    with pytest.raises(PleatError, match="one of auto, clothing_csv, class_folders, but got 'coco'"):
+        data_add.add(str(clothes), "new", "coco", root)
+    shutil.rmtree(clothes / "images")
+    with pytest.raises(PleatError, match=r"has 5 rows of labels and 0 other images, but no image with a label"):
+        data_add.add(str(clothes), "new", root=root)
+    (clothes / "images.csv").write_text("image,label\na,Hat\n")
+    with pytest.raises(PleatError, match=r"clothes/images\.csv has no column `sender_id`"):
+        data_add.add(str(clothes), "new", root=root)
+    assert snapshot() == before
+    with pytest.raises(PleatError, match="'nowhere' does not exist; a source is"):
+        data_add.add("nowhere", "new", root=root)
+    (root / "params.yaml").unlink()
+    with pytest.raises(PleatError, match="does not exist here; run pleat in the project's folder"):
+        data_add.add(str(clothes), "new", root=root)
+
+
+def test_a_folder_that_is_no_dvc_project(root: Path, clothes: Path) -> None:
+    shutil.rmtree(root / ".dvc")
+    with pytest.raises(PleatError, match=r"is no DVC project \(it has no \.dvc folder\)"):
+        data_add.add(str(clothes), "new", root=root)
+
+
+def test_a_list_that_cannot_be_added_to_is_found_out_before_the_copy(root: Path, endless: Path) -> None:
+    text = (root / "params.yaml").read_text().replace("batches: [sample] ", "batches: *names ")
+    text = text.replace("  drop: [Not sure, Other, Others, Skip] ", "  drop: &names [sample] ")
+    blocks = text.split("\n\n")
+    text = "\n\n".join([*blocks[1:3], blocks[0], *blocks[3:]])
+    (root / "params.yaml").write_text(text)
+    params.load(root / "params.yaml")
+    with pytest.raises(PleatError, match=r"write experiment\.batches as a plain list"):
+        data_add.add(str(endless), "new", root=root)
