@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import pandas as pd
 
 from pipeline_steps.errors import PleatError
 
-PARTIAL = ".partial-"
+PARTIAL = ".partial-"  # .partial-PID-NAME beside NAME; git and DVC ignore it
+REPLACED = ".replaced"
 
 
 @contextmanager
@@ -25,17 +27,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
         yield partial
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         partial.replace(path)
     except OSError as error:
-        raise PleatError(
-            f"Could not write {path}: {error.strerror or error}. "
-            "Free some space or make the folder writable, then run the same command again; nothing was left behind."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        _remove(partial)
 
 
 @contextmanager
@@ -46,18 +46,61 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         PleatError: the place cannot be written or the disk is full.
     """
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
+    replaced = partial.with_name(partial.name + REPLACED)
     try:
-        partial.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        partial.mkdir()
         yield partial
-        shutil.rmtree(path, ignore_errors=True)
+        # Moved away before it is removed: a folder that is half removed must not stand under its own name.
+        if path.exists():
+            path.replace(replaced)
         partial.replace(path)
     except OSError as error:
-        raise PleatError(
-            f"Could not write {path}: {error.strerror or error}. "
-            "Free some space or make the folder writable, then run the same command again; nothing was left behind."
-        ) from error
+        raise _unwritable(path, error) from error
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        _remove(partial)
+        _remove(replaced)
+
+
+def _sweep(path: Path) -> None:
+    """Removes what killed processes left of `path`; what a living process is writing stays."""
+    ours = re.compile(rf"{re.escape(PARTIAL)}(\d+)-{re.escape(path.name)}(?:{re.escape(REPLACED)})?")
+    for left in path.parent.glob(f"{PARTIAL}*"):
+        found = ours.fullmatch(left.name)
+        if found and not _alive(int(found[1])):
+            _remove(left)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():  # a number used again, as happens in containers
+        return False
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it lives, but belongs to somebody else
+        return True
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or folder as far as that is possible; never raises, so that no other error gets hidden."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with suppress(OSError):
+        path.unlink()
+
+
+def _unwritable(path: Path, error: OSError) -> PleatError:
+    # Files are written inside a temporary folder; what the reader knows is the folder's final name.
+    final = Path(*(re.sub(rf"^{re.escape(PARTIAL)}\d+-", "", part) for part in path.parts))
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return PleatError(
+        f"Could not write {final}: {reason}. "
+        "Free some space or make the folder writable, then run the same command again; nothing was left behind."
+    )
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -1,31 +1,34 @@
 """Stage `ingest`: one batch of raw files becomes a manifest, a quarantine and one packed file of images."""
 
+import errno
 import hashlib
-import io
 import os
-from collections import Counter
+import warnings
+from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import cast
 
 import imagehash
 import pandas as pd
 import pyarrow as pa
-from PIL import Image
+from PIL import UnidentifiedImageError
 
 from pipeline_steps import formats
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, write_json, write_parquet
 from pipeline_steps.params import Ingest, Params
 from pipeline_steps.progress import say, track
-from pipeline_steps.vision.upright import is_plain_jpeg, upright_rgb
+from pipeline_steps.vision.upright import FORMATS, is_plain_jpeg, open_image, upright_rgb
 
 QUARANTINE_COLUMNS = ["batch", "source_path", "label", "reason", "detail"]
 PACK_SCHEMA = pa.schema([("sample_id", pa.string()), ("bytes", pa.large_binary()), ("plain_jpeg", pa.bool_())])
-ROWS_A_CHUNK = 256  # images held in memory at a time
+# The images held in memory at a time: those read ahead, and those not yet written.
+READ_AHEAD_A_THREAD = 8
+IMAGES_A_CHUNK = 256
+BYTES_A_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,8 @@ def run(params: Params, batch: str, root: Path = Path()) -> None:
     Every row of the batch's labels and every image file ends up either in the manifest or in the quarantine.
 
     Raises:
-        PleatError: the batch is absent or empty, its format is not recognised, or no image can be read.
+        PleatError: the batch is absent or empty, its format is not recognised, a file cannot be read from the disk, or
+            not one image is usable.
     """
     folder = root / "data" / "raw" / batch
     if not folder.is_dir():
@@ -75,9 +79,6 @@ def run(params: Params, batch: str, root: Path = Path()) -> None:
         {"batch": batch, "source_path": path, "label": "", "reason": "no label", "detail": "no row names this file"}
         for path in listing.unlabelled
     ]
-    # Pillow's own limit only warns below twice its value; `ingest.max_pixels` is checked before decoding instead.
-    Image.MAX_IMAGE_PIXELS = None
-
     with atomic_folder(root / "data" / "ingest" / batch) as out:
         manifest, refused_rows = _read_all(rows, folder, params.ingest, out / "images.arrow")
         quarantine = pd.DataFrame([*refused_rows, *refused], columns=QUARANTINE_COLUMNS, dtype="str")
@@ -100,8 +101,10 @@ def _read_all(
     refused: list[dict[str, str]] = []
     packed: set[str] = set()
     results = track(_inspect_rows(rows, folder, limits), f"ingest {rows['batch'].iat[0]}", len(rows), "images")
-    with pa.OSFile(str(pack), "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer:
+    with pa.OSFile(str(pack), "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"PIL\.")  # a broken file is refused with its reason
         chunk: list[tuple[str, bytes, bool]] = []
+        n_bytes = 0
         for row, (found, image) in zip(cast("list[dict[str, str]]", rows.to_dict("records")), results, strict=True):
             if isinstance(found, Refusal):
                 refused.append({**row, **asdict(found)})
@@ -111,43 +114,46 @@ def _read_all(
             if image is not None and found.sample_id not in packed:
                 packed.add(found.sample_id)
                 chunk.append((found.sample_id, image.encoded, image.plain_jpeg))
-            if len(chunk) == ROWS_A_CHUNK:
+                n_bytes += found.n_bytes
+            if len(chunk) == IMAGES_A_CHUNK or n_bytes > BYTES_A_CHUNK:
                 writer.write_batch(_record_batch(chunk))
-                chunk = []
+                chunk, n_bytes = [], 0
         if chunk:
             writer.write_batch(_record_batch(chunk))
     return pd.DataFrame(kept), refused
 
 
 def _record_batch(chunk: list[tuple[str, bytes, bool]]) -> pa.RecordBatch:
-    columns = [pa.array(column, type=field.type) for column, field in zip(zip(*chunk, strict=True), PACK_SCHEMA)]
-    return pa.record_batch(columns, schema=PACK_SCHEMA)
+    columns = zip(*chunk, strict=True)
+    arrays = [pa.array(column, type=field.type) for column, field in zip(columns, PACK_SCHEMA, strict=True)]
+    return pa.record_batch(arrays, schema=PACK_SCHEMA)
 
 
-def _inspect_rows(
-    rows: pd.DataFrame, folder: Path, limits: Ingest
-) -> Iterator[tuple[Sample | Refusal, Packed | None]]:
+def _inspect_rows(rows: pd.DataFrame, folder: Path, limits: Ingest) -> Iterator[tuple[Sample | Refusal, Packed | None]]:
     # Threads suffice: Pillow decodes outside the interpreter lock, and Ctrl-C leaves no process behind.
-    inspect = partial(_inspect, folder=folder, limits=limits)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for start in range(0, len(rows), ROWS_A_CHUNK):
-            part = rows.iloc[start : start + ROWS_A_CHUNK]
-            yield from pool.map(inspect, part["source_path"], part["label"])
+    n_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(n_threads) as pool:
+        ahead: deque[Future[tuple[Sample | Refusal, Packed | None]]] = deque()
+        for source_path, label in zip(rows["source_path"], rows["label"], strict=True):
+            ahead.append(pool.submit(_inspect, source_path, label, folder, limits))
+            if len(ahead) > READ_AHEAD_A_THREAD * n_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def _inspect(source_path: str, label: str, folder: Path, limits: Ingest) -> tuple[Sample | Refusal, Packed | None]:
     if not formats.inside(folder, source_path):
         return Refusal("outside the folder", "the path leads out of the batch's folder"), None
-    path = folder / source_path
-    if not path.is_file():
+    encoded = _read(folder / source_path)
+    if encoded is None:
         return Refusal("missing file", "a row names this file, but it does not exist"), None
     if not label.strip():
         return Refusal("no label", "the row's label is empty"), None
-    encoded = path.read_bytes()
     if not encoded:
         return Refusal("undecodable", "the file is empty"), None
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             width, height = image.size
             if width * height > limits.max_pixels:
                 return Refusal("too many pixels", f"{width}x{height} is over ingest.max_pixels"), None
@@ -155,14 +161,30 @@ def _inspect(source_path: str, label: str, folder: Path, limits: Ingest) -> tupl
             upright = upright_rgb(image)
     except MemoryError:
         raise
+    except UnidentifiedImageError:  # its own text names an address in memory, different in every run
+        return Refusal("undecodable", f"the file is none of {', '.join(FORMATS)}"), None
     except Exception as error:  # Pillow's decoders raise many kinds for broken files
         reason = "truncated" if "truncated" in str(error).lower() else "undecodable"
-        return Refusal(reason, str(error).replace(f"{io.BytesIO()!r}"[:20], "the file")[:200]), None
+        return Refusal(reason, str(error)[:200]), None
     if min(upright.size) < limits.min_side_px:
         return Refusal("too small", f"{upright.width}x{upright.height} is under ingest.min_side_px"), None
     sample_id = hashlib.sha256(encoded).hexdigest()
     sample = Sample(sample_id, upright.width, upright.height, len(encoded), str(imagehash.phash(upright)))
     return sample, Packed(encoded, plain_jpeg)
+
+
+def _read(path: Path) -> bytes | None:
+    """The file's bytes, or None where there is no such file.
+
+    Raises:
+        PleatError: the disk or its permissions fail; going on would leave good images out.
+    """
+    try:
+        return path.read_bytes() if path.is_file() else None
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise PleatError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _reasons(quarantine: pd.DataFrame) -> str:

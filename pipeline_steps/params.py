@@ -45,7 +45,8 @@ class Experiment(Strict):
     @field_validator("folds", mode="before")
     @classmethod
     def _count_to_list(cls, folds: Any) -> Any:
-        return list(range(min(max(folds, 0), MAX_FOLDS + 1))) if type(folds) is int else folds
+        # Capped, so that a slip of the keyboard does not fill the memory before it is refused below.
+        return list(range(min(folds, MAX_FOLDS + 1))) if type(folds) is int else folds
 
     @field_validator("folds")
     @classmethod
@@ -166,9 +167,8 @@ class Params(Strict):
         for block, defined in (("models", self.models), ("training", self.training)):
             for name in self.experiment.models:
                 if name not in defined:
-                    raise ValueError(
-                        f"`experiment.models` names '{name}', but `{block}` has only {', '.join(sorted(defined)) or '{}'}"
-                    )
+                    known = ", ".join(sorted(defined)) or "none"
+                    raise ValueError(f"`experiment.models` names '{name}', but `{block}` defines {known}")
         return self
 
 
@@ -186,7 +186,9 @@ def load(path: Path = Path("params.yaml")) -> Params:
     try:
         document = YAML(typ="safe").load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PleatError(f"{path} does not exist here; run pleat in the project's folder, or `pleat use sample`.") from None
+        raise PleatError(
+            f"{path} does not exist here; run pleat in the project's folder, or `pleat use sample`."
+        ) from None
     except OSError as error:
         raise PleatError(f"{path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -207,14 +209,17 @@ def check(document: Any, where: str) -> Params:
     """
     if not isinstance(document, Mapping):
         found = "is empty" if document is None else f"holds {_shown(document)}"
-        raise PleatError(f"{where} {found}, but must hold blocks such as `experiment:`; `pleat use sample` writes them.")
+        raise PleatError(
+            f"{where} {found}, but must hold blocks such as `experiment:`; `pleat use sample` writes them."
+        )
     try:
         return Params.model_validate(document)
     except ValidationError as error:
-        raise PleatError(" ".join(_sentence(item, where) for item in error.errors())) from None
+        raise PleatError(" ".join(sentence(item, where) for item in error.errors())) from None
 
 
-def _sentence(error: Any, where: str) -> str:
+def sentence(error: Any, where: str) -> str:
+    """One of pydantic's errors in words that a reader of the file `where` understands."""
     location, kind, given = list(error["loc"]), error["type"], error.get("input")
     if location[-1:] == ["[key]"]:  # pydantic's way to say that the entry's name itself is wrong
         block = ".".join(map(str, location[:-2]))
@@ -253,10 +258,10 @@ def _expected(error: Any) -> str:
         "string_pattern_mismatch": "letters, digits, '_' and '.', beginning with a letter or digit",
         "string_too_long": f"at most {limit.get('max_length')} characters long",
         "too_short": f"a list of at least {limit.get('min_length')}",
-        "greater_than_equal": f"at least {limit.get('ge')}",
-        "greater_than": f"more than {limit.get('gt')}",
-        "less_than_equal": f"at most {limit.get('le')}",
-        "less_than": f"less than {limit.get('lt')}",
+        "greater_than_equal": f"at least {limit.get('ge', 0):.10g}",
+        "greater_than": f"more than {limit.get('gt', 0):.10g}",
+        "less_than_equal": f"at most {limit.get('le', 0):.10g}",
+        "less_than": f"less than {limit.get('lt', 0):.10g}",
     }
     return words.get(kind) or error["msg"].removeprefix("Input should be ")
 

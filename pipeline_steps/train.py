@@ -48,7 +48,8 @@ def run(
     network = build_network(settings, training, inputs, len(classes))
     if isinstance(network, Head):
         network.standardise_by(inputs.values[learn])
-    inputs, codes, network = type(inputs)(inputs.values.to(target)), codes.to(target), network.to(target)
+    inputs, codes = type(inputs)(inputs.values.to(target)), codes.to(target)
+    network = network.to(target, memory_format=torch.channels_last)
     checkpoint = root / CHECKPOINTS / model / f"fold_{fold}.pt"
     if checkpoint.exists():
         say(f"train {model} fold {fold}: a checkpoint of an interrupted run is here; going on from it if it fits")

@@ -6,11 +6,12 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline_steps.data_docs import write_pages
 from pipeline_steps.errors import PleatError
 from pipeline_steps.expectations import read_suite, run_suite
 from pipeline_steps.files import atomic_folder, read_parquet, write_json, write_parquet
 from pipeline_steps.ingest import QUARANTINE_COLUMNS
-from pipeline_steps.params import Labels, Params
+from pipeline_steps.params import Labels, Params, plain_label
 from pipeline_steps.progress import say
 
 SUITE = Path("data/expectations/manifest.yaml")
@@ -33,18 +34,21 @@ def run(params: Params, root: Path = Path()) -> None:
     counts["quarantine"] = dict(Counter(quarantine["reason"]))
     counts["samples"] = len(manifest)
 
-    with atomic_folder(root / "reports" / "validation") as docs, atomic_folder(root / "data" / "validate") as out:
-        rules = read_suite(root / SUITE)
+    rules = read_suite(root / SUITE)
+    # The pages stay when an expectation fails, since then they are wanted most; DVC takes them only on success.
+    with atomic_folder(root / "reports" / "validation") as docs:
         outcomes = run_suite(manifest.assign(aspect_ratio=manifest["width"] / manifest["height"]), rules, docs)
-        failed = [outcome for outcome in outcomes if not outcome.success]
-        critical = [outcome.sentence() for outcome in failed if outcome.rule.severity == "critical"]
-        counts["warnings"] = [outcome.sentence() for outcome in failed if outcome.rule.severity == "warning"]
+        write_pages(docs, outcomes, counts, quarantine)
+    failed = [outcome for outcome in outcomes if not outcome.success]
+    counts["warnings"] = [outcome.sentence() for outcome in failed if outcome.rule.severity == "warning"]
+    _report(counts, len(rules) - len(failed), len(rules))
+    critical = [outcome.sentence() for outcome in failed if outcome.rule.severity == "critical"]
+    if critical:
+        raise PleatError(" ".join([*critical, "All results: reports/validation/index.html."]))
+    with atomic_folder(root / "data" / "validate") as out:
         write_json(out / "counts.json", counts)
         write_parquet(out / "manifest.parquet", manifest)
         write_parquet(out / "quarantine.parquet", quarantine)
-        _report(counts, len(rules) - len(failed), len(rules))
-        if critical:
-            raise PleatError(" ".join(critical))
 
 
 def apply_labels(
@@ -62,17 +66,17 @@ def apply_labels(
         label of the drop list, how many samples had it and how many rows without a usable image had it.
     """
     spelled = manifest["label"].str.strip()
-    drop = {_plain(label): label for label in labels.drop}
-    merge = {_plain(old): new for old, new in labels.merge.items()}
-    plain = spelled.map(_plain)
-    without_image = Counter(quarantine["label"].map(_plain))
+    drop = {plain_label(label): label for label in labels.drop}
+    merge = {plain_label(old): new for old, new in labels.merge.items()}
+    plain = spelled.map(plain_label)
+    without_image = Counter(quarantine["label"].map(plain_label))
     with_image = Counter(plain)
     counts = {
         "dropped": {
             label: {"samples": with_image[key], "rows_without_image": without_image[key]} for key, label in drop.items()
         },
         "drop_matched_nothing": [label for key, label in drop.items() if not with_image[key] + without_image[key]],
-        "merged": {old: with_image[_plain(old)] for old in labels.merge},
+        "merged": {old: with_image[plain_label(old)] for old in labels.merge},
     }
     gone = plain.isin(drop)
     dropped = manifest[gone].assign(reason="dropped label", detail="its label is in labels.drop")
@@ -81,7 +85,7 @@ def apply_labels(
 
 
 def remove_copies(manifest: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Keeps one row of each set of byte-identical images; where their labels differ, none, as nobody knows the right one.
+    """Keeps one row of each set of byte-identical images; none where their labels differ, as nobody knows which is right.
 
     Returns:
         The manifest with unique sample_id, and the quarantine rows of what was removed.
@@ -104,14 +108,12 @@ def remove_copies(manifest: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     return manifest[~(conflicting | repeated)].reset_index(drop=True), copies[QUARANTINE_COLUMNS]
 
 
-def _plain(label: str) -> str:
-    return label.strip().casefold()
-
-
 def _report(counts: dict[str, Any], passed: int, rules: int) -> None:
     for label, n in counts["dropped"].items():
         if n["samples"] or n["rows_without_image"]:
-            say(f"validate: dropped '{label}': {n['samples']:,} samples, {n['rows_without_image']:,} rows without image")
+            say(
+                f"validate: dropped '{label}': {n['samples']:,} samples, {n['rows_without_image']:,} rows without image"
+            )
     for label in counts["drop_matched_nothing"]:
         say(f"validate: labels.drop names '{label}', but no row has that label")
     for old, n in counts["merged"].items():

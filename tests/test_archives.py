@@ -245,6 +245,17 @@ def test_flipped_bytes_are_noticed(tmp_path: Path, batch: Path, offset: int, suf
         sources.bring(str(path), batch)
 
 
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
+def test_a_wrong_checksum_at_the_very_end_is_noticed(
+    tmp_path: Path, batch: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    data = bytearray(compress(tar_bytes({"Hat/a.jpg": os.urandom(2000)})))
+    data[-6] ^= 0xFF
+    (tmp_path / "set.tar").write_bytes(data)
+    with pytest.raises(PleatError, match="is damaged, incomplete or not the archive"):
+        sources.bring(str(tmp_path / "set.tar"), batch)
+
+
 @pytest.mark.parametrize("name", ["set.zip", "set.tar", "set.tar.gz"])
 @pytest.mark.parametrize("data", [b"", b"no archive at all" * 100])
 def test_a_file_that_only_looks_like_an_archive(tmp_path: Path, batch: Path, name: str, data: bytes) -> None:

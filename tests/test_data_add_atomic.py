@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline_steps import data_add, params, sources
@@ -97,20 +98,18 @@ def test_what_a_killed_copy_left_is_swept_by_the_next_add(root: Path, endless: P
 
 def test_an_add_killed_while_dvc_works_is_taken_back_by_the_next(root: Path, clothes: Path) -> None:
     child = start(root, clothes, "new")
-    until((root / "data" / "raw" / "new").exists, child)
+    until(lambda: bool(psutil.Process(child.pid).children()), child)
+    dvc = psutil.Process(child.pid).children()[0]
+    dvc.suspend()
     child.kill()
     child.wait()
     assert params.load(root / "params.yaml").experiment.batches == ["sample"]
-    started = time.monotonic()
-    while True:
-        try:
-            data_add.add(str(clothes), "new", root=root)
-            break
-        except PleatError as error:
-            # dvc outlives its killed parent for a moment; nothing may be swept under it.
-            if "is at work here" not in str(error) or time.monotonic() - started > 30:
-                raise
-            time.sleep(0.05)
+    # dvc outlives its parent; nothing may be swept under it.
+    with pytest.raises(PleatError, match="the `dvc add` of a killed one, is at work here"):
+        data_add.add(str(clothes), "new", root=root)
+    dvc.resume()
+    psutil.wait_procs([dvc], timeout=30)
+    data_add.add(str(clothes), "new", root=root)
     raw = root / "data" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == [".gitignore", "new", "new.dvc"]
     assert (raw / ".gitignore").read_text() == "/new\n"

@@ -108,7 +108,9 @@ def commit(folder: Path) -> None:
 def test_a_git_repository_is_cloned_without_history_or_hidden_files(
     repository: Path, batch: Path, address: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("GIT_DIR", "/nonexistent")  # as in a git hook
+    # As in a git hook.
+    monkeypatch.setenv("GIT_DIR", str(batch.with_name("other")))
+    monkeypatch.setenv("GIT_WORK_TREE", str(batch.with_name("other")))
     sources.bring(address.format(repository), batch)
     assert contents(batch) == {**SET, "images/same.jpg": SET["images/a.jpg"]}
     assert not (batch / "images" / "same.jpg").is_symlink()

@@ -1,14 +1,11 @@
 """Encoded bytes to uint8 tensors, the same way for every file format and colour mode."""
 
-import io
-
 import numpy as np
 import torch
-from PIL import Image
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as transforms
 
-from pipeline_steps.vision.upright import upright_rgb
+from pipeline_steps.vision.upright import open_image, upright_rgb
 
 
 def decode(encoded: bytes, plain_jpeg: bool) -> torch.Tensor:
@@ -23,7 +20,7 @@ def decode(encoded: bytes, plain_jpeg: bool) -> torch.Tensor:
     """
     if plain_jpeg:
         return decode_jpeg(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    with Image.open(io.BytesIO(encoded)) as image:
+    with open_image(encoded) as image:
         pixels = np.array(upright_rgb(image))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 

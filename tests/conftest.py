@@ -1,0 +1,172 @@
+"""What several tests share: drawn images, small batches, params with overrides, child processes, the real data."""
+
+import copy
+import io
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+from ruamel.yaml import YAML
+
+from pipeline_steps import params
+from pipeline_steps.params import Params
+
+REPOSITORY = Path(__file__).parent.parent
+TEST_DATA = Path(os.environ.get("PLEAT_TEST_DATA", "../shared"))
+PLEAT = [sys.executable, "-c", "from pipeline_steps.cli import main; main()"]
+MANIFEST_COLUMNS = ["sample_id", "width", "height", "n_bytes", "phash", "source_path", "label", "sender_id", "batch"]
+
+
+def document(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The repository's params.yaml as a dictionary, with values set by dotted key (numbers index lists)."""
+    settings = copy.deepcopy(YAML(typ="safe").load(REPOSITORY / "params.yaml"))
+    for key, value in (overrides or {}).items():
+        block = settings
+        *parents, last = (int(part) if part.isdigit() else part for part in key.split("."))
+        for part in parents:
+            block = block[part]
+        block[last] = value
+    return settings
+
+
+def load_params(overrides: Mapping[str, Any] | None = None) -> Params:
+    return params.check(document(overrides), "params.yaml")
+
+
+def write_params(root: Path, overrides: Mapping[str, Any] | None = None) -> None:
+    YAML().dump(document(overrides), root / "params.yaml")
+
+
+def draw(seed: int, width: int = 48, height: int = 64) -> Image.Image:
+    """A picture of soft coloured blobs; different seeds look different enough not to be near copies."""
+    small = np.random.default_rng(seed).integers(0, 256, (8, 6, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def encode(image: Image.Image, image_format: str = "JPEG", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, image_format, **options)
+    return buffer.getvalue()
+
+
+def write_batch(
+    root: Path, name: str, rows: Mapping[str, str | tuple[str, str]], files: Mapping[str, bytes | None]
+) -> Path:
+    """Writes a clothing_csv batch.
+
+    Args:
+        root: the workspace.
+        name: the batch.
+        rows: image id to label, or to (label, sender).
+        files: path in images/ to content; None makes no file.
+    """
+    folder = root / "data" / "raw" / name
+    (folder / "images").mkdir(parents=True)
+    for path, content in files.items():
+        if content is not None:
+            (folder / "images" / path).write_bytes(content)
+    cells = {image: (row, "") if isinstance(row, str) else row for image, row in rows.items()}
+    table = pd.DataFrame(
+        [(image, sender, label, False) for image, (label, sender) in cells.items()],
+        columns=["image", "sender_id", "label", "kids"],
+    )
+    table.to_csv(folder / "images.csv", index=False)
+    return folder
+
+
+def write_ingested(root: Path, batch: str, rows: list[dict[str, Any]], quarantine: list[dict[str, str]] = []) -> None:  # noqa: B006
+    """Writes what `ingest` leaves of a batch, without images; a row gives what matters, the rest is filled in."""
+    filled = [
+        {
+            "sample_id": f"{batch}{number}".encode().hex().rjust(64, "0"),
+            "width": 64,
+            "height": 64,
+            "n_bytes": 1000,
+            "phash": "0" * 16,
+            "source_path": f"images/{number}.jpg",
+            "sender_id": "",
+            "batch": batch,
+            **row,
+        }
+        for number, row in enumerate(rows)
+    ]
+    folder = root / "data" / "ingest" / batch
+    folder.mkdir(parents=True)
+    pd.DataFrame(filled, columns=MANIFEST_COLUMNS).to_parquet(folder / "manifest.parquet", index=False)
+    left_out = [{"batch": batch, "detail": "", **row} for row in quarantine]
+    columns = ["batch", "source_path", "label", "reason", "detail"]
+    pd.DataFrame(left_out, columns=columns, dtype="str").to_parquet(folder / "quarantine.parquet", index=False)
+
+
+def pleat(root: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*PLEAT, *arguments], cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def names(folder: Path) -> list[str]:
+    """What lies directly in a folder, hidden things included."""
+    return sorted(path.name for path in folder.iterdir())
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """An empty workspace with the repository's expectations."""
+    shutil.copytree(REPOSITORY / "data" / "expectations", tmp_path / "data" / "expectations")
+    return tmp_path
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of one megabyte."""
+    yield from _mounted(tmp_path / "disk", "size=1m")
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """An empty folder that nobody can write to, root included."""
+    yield from _mounted(tmp_path / "read_only", "ro")
+
+
+def _mounted(folder: Path, options: str) -> Iterator[Path]:
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs to mount a tmpfs, which takes Linux and root")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real inputs (PLEAT_TEST_DATA)."""
+    folder = (REPOSITORY / TEST_DATA).resolve()
+    if not (folder / "data" / "clothing").is_dir():
+        pytest.skip(f"no real data: {folder} holds no data/clothing (PLEAT_TEST_DATA names another folder)")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clothing(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the real clothing batch is ingested and validated."""
+    from pipeline_steps import ingest, validate
+
+    root = tmp_path_factory.mktemp("clothing")
+    (root / "data" / "raw").mkdir(parents=True)
+    (root / "data" / "raw" / "clothing").symlink_to(real_data / "data" / "clothing")
+    shutil.copytree(REPOSITORY / "data" / "expectations", root / "data" / "expectations")
+    settings = load_params({"experiment.batches": ["clothing"]})
+    ingest.run(settings, "clothing", root)
+    validate.run(settings, root)
+    return root
