@@ -84,6 +84,8 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
     sample.add_argument("folder", type=Path)
     sample.set_defaults(run=_data_sample)
 
+    text = "Print the leaderboard of the last run."
+    commands.add_parser("leaderboard", help=text, description=text).set_defaults(run=_leaderboard)
     text = "Log to MLflow what could not be logged while it was away."
     commands.add_parser("sync", help=text, description=text).set_defaults(run=_sync)
 
@@ -107,11 +109,21 @@ def _data_sample(arguments: argparse.Namespace) -> None:
     say(f"The sample was drawn in {arguments.folder}.")
 
 
-def _sync(_: argparse.Namespace) -> None:
-    from pipeline_steps.tracking import Tracker, tracking_uri
+def _leaderboard(_: argparse.Namespace) -> None:
+    from pipeline_steps import compare
 
-    Tracker(params.load()).sync()
-    say(f"MLflow at {tracking_uri()} has every finished stage of this folder.")
+    compare.show()
+
+
+def _sync(_: argparse.Namespace) -> None:
+    from pipeline_steps.tracking import Tracker, tolerant
+
+    loaded = params.load()
+    with tolerant():
+        Tracker(loaded).sync()
+        say("MLflow has every finished stage of this folder.")
+        return
+    sys.exit(1)
 
 
 def _ingest(arguments: argparse.Namespace) -> None:

@@ -80,8 +80,18 @@ def run(params: Params, root: Path = Path()) -> pd.DataFrame:
         reports=reports,
     )
     write_text(reports / "index.html", page)
-    print_board(board, choice)
+    print_board(board, choice.model, choice.reason)
     return board
+
+
+def show(root: Path = Path()) -> None:
+    """Prints the leaderboard of the last run again.
+
+    Raises:
+        PleatError: no run has finished yet.
+    """
+    chosen = read_json(root / "data" / "compare" / "chosen.json")
+    print_board(pd.read_csv(root / "reports" / "leaderboard.csv"), chosen["model"], chosen["reason"])
 
 
 def leaderboard(summaries: dict[str, Any], profiles: dict[str, Any]) -> pd.DataFrame:
@@ -154,7 +164,7 @@ def class_f1(reports: Path, models: list[str]) -> pd.DataFrame:
     return pd.concat(columns, axis=1).sort_index(level=["support", "class"], ascending=[False, True])
 
 
-def print_board(board: pd.DataFrame, choice: Choice) -> None:
+def print_board(board: pd.DataFrame, chosen: str, reason: str) -> None:
     """Prints the leaderboard and the reason for the choice."""
     console = Console()
     if not console.is_terminal:
@@ -166,10 +176,10 @@ def print_board(board: pd.DataFrame, choice: Choice) -> None:
     for row in board.to_dict("records"):
         first, *others = HEADLINES
         scores = [with_spread(row[first], row[f"{first}_std"]), *(with_spread(row[name], None) for name in others)]
-        style = "bold" if row["model"] == choice.model else ""
+        style = "bold" if row["model"] == chosen else ""
         table.add_row(Text(row["model"]), *scores, with_unit(row["params"]), with_unit(row["macs"]), style=style)
     console.print(table)
-    console.print(Text(choice.reason))
+    console.print(Text(reason))
 
 
 def _check_same_data(summaries: dict[str, Any], n_folds: int) -> None:

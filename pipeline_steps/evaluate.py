@@ -10,6 +10,7 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
+from sklearn.metrics import confusion_matrix
 
 from pipeline_steps import metrics, pages, plots
 from pipeline_steps.errors import PleatError
@@ -189,7 +190,7 @@ def class_table(predictions: Predictions) -> pd.DataFrame:
     scores, areas = [], []
     for _, mask in predictions.folds():
         actual, predicted = predictions.actual[mask], predictions.predicted[mask]
-        scores.append(metrics.class_scores(metrics.confusion_matrix(actual, predicted, size)))
+        scores.append(metrics.class_scores(actual, predicted, size))
         areas.append(metrics.roc_auc_by_class(actual, predictions.probability[mask]))
     columns: dict[str, Any] = {
         "class": predictions.classes,
@@ -266,7 +267,7 @@ def write_report(
     """Writes the tables, the pictures and index.html into the folder `out`."""
     names = np.array(predictions.classes, dtype=object)
     classes = class_table(predictions)
-    confusion = metrics.confusion_matrix(predictions.actual, predictions.predicted, len(names))
+    confusion = confusion_matrix(predictions.actual, predictions.predicted, labels=range(len(names)))
     write_csv(out / "per_class.csv", classes)
     write_csv(out / "folds.csv", folds)
     write_csv(out / "curves.csv", curves)

@@ -1,4 +1,4 @@
-"""Scores of one classifier over folds: pure functions of arrays, undefined values as NaN, nothing invented.
+"""Scores of one classifier over folds: scikit-learn with every class listed, so that undefined values stay NaN.
 
 Shapes: `n` samples, `c` classes; classes are numbered 0 .. c-1 in the order of the class list.
 """
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import stdtrit
+from scipy.stats import t as student
+from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, roc_auc_score, roc_curve
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 
+NAN = float("nan")
 HEADLINES = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
 
 
@@ -41,108 +43,60 @@ class Spread:
     ci95_high: float
 
 
-def confusion_matrix(actual: Ints, predicted: Ints, n_classes: int) -> Ints:
-    """Counts of shape (c, c): rows are the actual class, columns the predicted one."""
-    cells = np.bincount(actual * n_classes + predicted, minlength=n_classes * n_classes)
-    return cells.reshape(n_classes, n_classes).astype(np.int64)
-
-
-def class_scores(confusion: Ints) -> ClassScores:
-    """Precision, recall and F1 = 2 TP / (2 TP + FP + FN) (van Rijsbergen 1979) of each class.
-
-    A class that occurs but is never predicted right has F1 0; scikit-learn agrees with `zero_division=nan`.
-    """
-    hits = np.diagonal(confusion).astype(np.float64)
-    support, predicted = confusion.sum(axis=1), confusion.sum(axis=0)
-    return ClassScores(
-        support=support,
-        precision=_ratio(hits, predicted),
-        recall=_ratio(hits, support),
-        f1=_ratio(2 * hits, support + predicted),
+def class_scores(actual: Ints, predicted: Ints, n_classes: int) -> ClassScores:
+    """Precision, recall and F1 of each class; a class that occurs but is never predicted right has F1 0."""
+    precision, recall, f1, support = precision_recall_fscore_support(
+        actual, predicted, labels=range(n_classes), zero_division=NAN
     )
-
-
-def f1_weighted(confusion: Ints) -> float:
-    """Mean F1 of the classes, each weighted by how often it occurs."""
-    scores = class_scores(confusion)
-    occurs = scores.support > 0
-    return float(np.average(scores.f1[occurs], weights=scores.support[occurs])) if occurs.any() else float("nan")
-
-
-def f1_macro(confusion: Ints) -> float:
-    """Plain mean of the classes' F1, without classes that neither occur nor are predicted."""
-    return _nanmean(class_scores(confusion).f1)
-
-
-def accuracy(confusion: Ints) -> float:
-    """Share of samples whose class was predicted right."""
-    total = confusion.sum()
-    return float(np.trace(confusion) / total) if total else float("nan")
-
-
-def roc_auc(positive: Bools, score: npt.NDArray[np.floating]) -> float:
-    """Area under the ROC curve: the chance that a positive scores above a negative, ties counted half.
-
-    Computed from mean ranks, (R - P (P + 1) / 2) / (P N) (Hanley & McNeil 1982, Mann-Whitney U).
-
-    Args:
-        positive: shape (n,), which samples are of the class.
-        score: shape (n,), the higher the more likely.
-
-    Returns:
-        A number from 0 to 1, or NaN where there is no positive or no negative.
-    """
-    n_positive = int(positive.sum())
-    n_negative = len(positive) - n_positive
-    if not n_positive or not n_negative:
-        return float("nan")
-    _, place, ties = np.unique(score, return_inverse=True, return_counts=True)
-    mean_rank = np.cumsum(ties) - (ties - 1) / 2
-    rank_sum = mean_rank[place][positive].sum()
-    return float((rank_sum - n_positive * (n_positive + 1) / 2) / (n_positive * n_negative))
+    return ClassScores(support, precision, recall, f1)
 
 
 def roc_auc_by_class(actual: Ints, probability: npt.NDArray[np.floating]) -> Floats:
-    """ROC-AUC of each class against the rest, shape (c,); NaN where a class never or always occurs.
+    """ROC-AUC of each class against the rest, shape (c,).
+
+    NaN where a class never or always occurs, and where a probability is no number: scikit-learn refuses that.
 
     Args:
         actual: shape (n,), class numbers.
         probability: shape (n, c).
     """
-    return np.array([roc_auc(actual == one, probability[:, one]) for one in range(probability.shape[1])])
+    return np.array([_roc_auc(actual == number, score) for number, score in enumerate(probability.T)])
 
 
-def roc_curve(positive: Bools, score: npt.NDArray[np.floating]) -> tuple[Floats, Floats]:
-    """False and true positive rates at every threshold, from (0, 0) to (1, 1) (Fawcett 2006, algorithm 1).
+def _roc_auc(positive: Bools, score: npt.NDArray[np.floating]) -> float:
+    defined = positive.any() and not positive.all() and np.isfinite(score).all()
+    return float(roc_auc_score(positive, score)) if defined else NAN
 
-    Needs at least one positive and one negative; where `roc_auc` is NaN there is no curve.
+
+def mean_roc_curve(folds: Sequence[tuple[Bools, npt.NDArray[np.floating]]], grid: Floats) -> Floats:
+    """Mean true positive rate over folds at the false positive rates in `grid` (Fawcett 2006, algorithm 3).
+
+    Args:
+        folds: which samples are of the class, and their scores; each fold needs one that is and one that is not.
+        grid: ascending, from 0 to 1.
     """
-    order = np.argsort(-score, kind="stable")
-    last_of_tie = np.append(np.diff(score[order]) != 0, True)
-    true = np.cumsum(positive[order])[last_of_tie]
-    false = np.cumsum(~positive[order])[last_of_tie]
-    return np.append(0.0, false / false[-1]), np.append(0.0, true / true[-1])
-
-
-def mean_roc_curve(curves: Sequence[tuple[Floats, Floats]], grid: Floats) -> Floats:
-    """Mean true positive rate of several curves at the false positive rates in `grid` (Fawcett 2006, algorithm 3)."""
-    rates: Floats = np.mean([np.interp(grid, false, true) for false, true in curves], axis=0)
+    curves = [roc_curve(positive, score, drop_intermediate=False) for positive, score in folds]
+    rates: Floats = np.mean([np.interp(grid, false, true) for false, true, _ in curves], axis=0)
     return rates
 
 
 def headlines(actual: Ints, probability: npt.NDArray[np.floating]) -> dict[str, float]:
     """The four numbers a model is judged by, named as in `HEADLINES`.
 
+    Weighted F1 counts each class as often as it occurs; the macro means leave out classes where they are undefined.
+
     Args:
         actual: shape (n,), class numbers.
         probability: shape (n, c); the predicted class is the most probable one, the first of equals.
     """
-    confusion = confusion_matrix(actual, probability.argmax(axis=1), probability.shape[1])
+    if not len(actual):
+        return dict.fromkeys(HEADLINES, NAN)
+    predicted, labels = probability.argmax(axis=1), range(probability.shape[1])
     return {
-        "f1_weighted": f1_weighted(confusion),
-        "f1_macro": f1_macro(confusion),
-        "accuracy": accuracy(confusion),
-        "roc_auc_macro": _nanmean(roc_auc_by_class(actual, probability)),
+        "f1_weighted": f1_score(actual, predicted, labels=labels, average="weighted", zero_division=NAN),
+        "f1_macro": f1_score(actual, predicted, labels=labels, average="macro", zero_division=NAN),
+        "accuracy": accuracy_score(actual, predicted),
+        "roc_auc_macro": _mean(_defined(roc_auc_by_class(actual, probability))),
     }
 
 
@@ -170,20 +124,19 @@ def paired_difference(first: Sequence[float], second: Sequence[float]) -> Spread
 
 
 def _spread(values: Sequence[float] | Floats, variance_factor: Callable[[int], float], lowest: float) -> Spread:
-    defined = np.asarray(values, dtype=np.float64)
-    defined = defined[~np.isnan(defined)]
-    k = len(defined)
+    defined = _defined(values)
+    k, mean = len(defined), _mean(defined)
     if k < 2:
-        return Spread(_nanmean(defined), float("nan"), float("nan"), float("nan"))
-    mean, std = float(defined.mean()), float(defined.std(ddof=1))
-    half = float(stdtrit(k - 1, 0.975)) * std * variance_factor(k) ** 0.5
+        return Spread(mean, NAN, NAN, NAN)
+    std = float(defined.std(ddof=1))
+    half = float(student.ppf(0.975, k - 1)) * std * variance_factor(k) ** 0.5
     return Spread(mean, std, max(lowest, mean - half), min(1.0, mean + half))
 
 
-def _ratio(part: Floats, whole: Ints) -> Floats:
-    ratio: Floats = np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
-    return ratio
+def _defined(values: Sequence[float] | Floats) -> Floats:
+    numbers = np.asarray(values, dtype=np.float64)
+    return numbers[~np.isnan(numbers)]
 
 
-def _nanmean(values: Floats) -> float:
-    return float(np.nanmean(values)) if not np.isnan(values).all() else float("nan")
+def _mean(defined: Floats) -> float:
+    return float(defined.mean()) if len(defined) else NAN

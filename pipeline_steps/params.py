@@ -237,7 +237,7 @@ def sentence(error: Any, where: str) -> str:
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         found = f"but got {_shown(given['kind'])}" if "kind" in given else "but is missing"
         return f"{where}: `{key}.kind` must be 'frozen' or 'custom_cnn', {found}."
-    return f"{where}: `{key}` must be {_expected(error)}, but got {_shown(given)}."
+    return f"{where}: {f'`{key}`' if key else 'it'} must be {_expected(error)}, but got {_shown(given)}."
 
 
 def _expected(error: Any) -> str:

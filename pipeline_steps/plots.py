@@ -182,12 +182,12 @@ def roc(path: Path, classes: pd.DataFrame, folds: Sequence[tuple[Ints, Any]]) ->
 
 
 def _mean_curve(folds: Sequence[tuple[Ints, Any]], number: int, grid: Floats) -> Floats | None:
-    curves = [
-        metrics.roc_curve(actual == number, probability[:, number])
+    defined = [
+        (actual == number, probability[:, number])
         for actual, probability in folds
         if 0 < (actual == number).sum() < len(actual)
     ]
-    return metrics.mean_roc_curve(curves, grid) if curves else None
+    return metrics.mean_roc_curve(defined, grid) if defined else None
 
 
 def curves(path: Path, history: pd.DataFrame, best_epochs: Mapping[int, int]) -> None:

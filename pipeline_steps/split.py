@@ -79,8 +79,9 @@ def assign_groups(manifest: pd.DataFrame, batches: list[str], split: Split) -> p
     if split.group_by is not None:
         named = np.array(manifest[split.group_by].str.strip(), dtype=object)
         keys = np.where(named == "", keys, named)
-    hashes, hash_of = np.unique([int(value, 16) for value in manifest["phash"]], return_inverse=True)
-    near = _near_pairs(hashes.astype(np.uint64), split.near_copy_max_distance)
+    every_hash = np.array([int(value, 16) for value in manifest["phash"]], dtype=np.uint64)
+    hashes, hash_of = np.unique(every_hash, return_inverse=True)
+    near = _near_pairs(hashes, split.near_copy_max_distance)
 
     batch = manifest["batch"].to_numpy()
     arrivals = [np.flatnonzero(batch == name) for name in batches]
@@ -171,7 +172,7 @@ def stratified_folds(rows: pd.DataFrame, n_folds: int, seed: int) -> pd.Series:
 
 def _near_pairs(hashes: np.ndarray, max_distance: int) -> np.ndarray:
     """Pairs (n, 2) of positions in `hashes`, distinct uint64, that differ in at most `max_distance` bits."""
-    pairs = []
+    pairs = [np.empty((0, 2), dtype=np.int64)]
     step = max(1, COMPARISONS_A_CHUNK // max(1, len(hashes)))
     for start in range(0, len(hashes), step):
         distance = np.bitwise_count(hashes[start : start + step, None] ^ hashes[None, start:])

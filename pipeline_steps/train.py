@@ -49,7 +49,7 @@ def run(
     if isinstance(network, Head):
         network.standardise_by(inputs.values[learn])
     inputs, codes = type(inputs)(inputs.values.to(target)), codes.to(target)
-    network = network.to(target, memory_format=torch.channels_last)
+    network = network.to(target).to(memory_format=torch.channels_last)
     checkpoint = root / CHECKPOINTS / model / f"fold_{fold}.pt"
     if checkpoint.exists():
         say(f"train {model} fold {fold}: a checkpoint of an interrupted run is here; going on from it if it fits")

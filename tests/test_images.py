@@ -37,7 +37,7 @@ def pixels(encoded: bytes) -> np.ndarray:
     with open_image(encoded) as image:
         plain_jpeg = is_plain_jpeg(image)
     decoded = decode(encoded, plain_jpeg)
-    assert decoded.dtype.is_floating_point is False
+    assert str(decoded.dtype) == "torch.uint8"
     return decoded.permute(1, 2, 0).numpy()
 
 
@@ -68,37 +68,28 @@ def hand_made_png(rows: list[bytes], width: int, bits: int, colour_type: int, *c
 
 PALETTE = png_chunk(b"PLTE", bytes([255, 0, 0, 0, 255, 0, 0, 0, 255]))
 CLEAR_FIRST = png_chunk(b"tRNS", bytes([0]))
+CLEAR_RED = png_chunk(b"tRNS", struct.pack(">3H", 255, 0, 0))
 R, G, B, W = [255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]
 
 
-@pytest.mark.parametrize(
-    ("encoded", "expected"),
-    [
-        pytest.param(
-            hand_made_png([struct.pack(">3H", 0, 32768, 65535)], 3, 16, 0), [[[0] * 3, [128] * 3, W]], id="16-bit grey"
-        ),
-        pytest.param(
-            hand_made_png([struct.pack(">6H", 65535, 0, 0, 0, 32768, 65535)], 2, 16, 2), [[R, [0, 128, 255]]], id="16-bit RGB"
-        ),
-        pytest.param(hand_made_png([bytes([0, 200])], 2, 8, 0), [[[0] * 3, [200] * 3]], id="grey"),
-        pytest.param(hand_made_png([bytes([0b10100000])], 3, 1, 0), [[W, [0] * 3, W]], id="black and white"),
-        pytest.param(hand_made_png([bytes([0, 1, 2])], 3, 8, 3, PALETTE), [[R, G, B]], id="palette"),
-        pytest.param(
-            hand_made_png([bytes([0, 1, 2])], 3, 8, 3, PALETTE, CLEAR_FIRST), [[W, G, B]], id="palette with transparency"
-        ),
-        pytest.param(
-            hand_made_png([bytes([255, 0, 0, 255, 255, 0, 0, 0, 255, 0, 0, 51])], 3, 8, 6), [[R, W, [255, 204, 204]]], id="RGBA"
-        ),
-        pytest.param(hand_made_png([bytes([0, 255, 0, 0])], 2, 8, 4), [[[0] * 3, W]], id="grey with alpha"),
-        pytest.param(
-            hand_made_png([bytes([255, 0, 0, 0, 0, 255])], 2, 8, 2, png_chunk(b"tRNS", struct.pack(">3H", 255, 0, 0))),
-            [[W, B]],
-            id="RGB with one transparent colour",
-        ),
-        pytest.param(hand_made_png([bytes([7, 8, 9])], 1, 8, 2), [[[7, 8, 9]]], id="one pixel"),
-    ],
-)  # fmt: skip
-def test_hand_made_png(encoded: bytes, expected: list, tmp_path: Path) -> None:
+# name: rows of bytes, width, bits, colour type, further chunks; what it must look like
+HAND_MADE = {
+    "16-bit grey": (hand_made_png([struct.pack(">3H", 0, 32768, 65535)], 3, 16, 0), [[[0] * 3, [128] * 3, W]]),
+    "16-bit RGB": (hand_made_png([struct.pack(">6H", 65535, 0, 0, 0, 32768, 65535)], 2, 16, 2), [[R, [0, 128, 255]]]),
+    "grey": (hand_made_png([bytes([0, 200])], 2, 8, 0), [[[0] * 3, [200] * 3]]),
+    "black and white": (hand_made_png([bytes([0b10100000])], 3, 1, 0), [[W, [0] * 3, W]]),
+    "palette": (hand_made_png([bytes([0, 1, 2])], 3, 8, 3, PALETTE), [[R, G, B]]),
+    "transparent palette": (hand_made_png([bytes([0, 1, 2])], 3, 8, 3, PALETTE, CLEAR_FIRST), [[W, G, B]]),
+    "RGBA": (hand_made_png([bytes([*R, 255, *R, 0, *R, 51])], 3, 8, 6), [[R, W, [255, 204, 204]]]),
+    "grey with alpha": (hand_made_png([bytes([0, 255, 0, 0])], 2, 8, 4), [[[0] * 3, W]]),
+    "one transparent colour": (hand_made_png([bytes([*R, *B])], 2, 8, 2, CLEAR_RED), [[W, B]]),
+    "one pixel": (hand_made_png([bytes([7, 8, 9])], 1, 8, 2), [[[7, 8, 9]]]),
+}
+
+
+@pytest.mark.parametrize("name", HAND_MADE)
+def test_hand_made_png(name: str, tmp_path: Path) -> None:
+    encoded, expected = HAND_MADE[name]
     np.testing.assert_array_equal(pixels(encoded), np.array(expected))
     manifest, reasons = ingested(tmp_path, {"x.png": encoded})
     assert reasons == {}
@@ -150,12 +141,10 @@ def test_exif_orientation_is_honoured(image_format: str, tmp_path: Path) -> None
         assert manifest.drop("good")["phash"].nunique() == 1, "the same picture, however it was stored"
 
 
-@pytest.mark.parametrize(
-    ("image_format", "content"),
-    [("JPEG", b"Exif\0\0garbage!!!"), ("JPEG", b"Exif\0\0II*\0\xff\xff\xff\x7f"), ("JPEG", b"Exif\0\0")],
-)
-def test_a_broken_exif_block_does_not_matter(image_format: str, content: bytes, tmp_path: Path) -> None:
-    whole = encode(draw(3), image_format)
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
+@pytest.mark.parametrize("content", [b"Exif\0\0garbage!!!", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0"])
+def test_a_broken_exif_block_does_not_matter(content: bytes, tmp_path: Path) -> None:
+    whole = encode(draw(3))
     broken = whole[:2] + b"\xff\xe1" + struct.pack(">H", len(content) + 2) + content + whole[2:]
     np.testing.assert_array_equal(pixels(broken), pixels(whole))
     assert ingested(tmp_path, {"x.jpg": broken})[1] == {}
@@ -238,7 +227,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // (1024 if 
 
 
 def test_the_limits_are_those_of_params(tmp_path: Path) -> None:
-    rows = {name: "Hat" for name in ("at", "over", "small", "under")}
+    rows = dict.fromkeys(("at", "over", "small", "under"), "Hat")
     files = {
         "at.png": encode(draw(1, 40, 50), "PNG"),
         "over.png": encode(draw(2, 40, 51), "PNG"),

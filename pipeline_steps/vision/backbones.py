@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -18,9 +19,6 @@ from pipeline_steps.errors import PleatError
 from pipeline_steps.vision.images import decode, resize_crop
 from pipeline_steps.vision.weights import check_weights, unknown_model
 
-# Small enough to stay in a core's cache: one session a core, each with its own images, is faster than one session
-# spread over all cores (benchmarks/features.py).
-IMAGES_A_CALL = 2
 GPU_BATCH = 256
 
 
@@ -44,10 +42,15 @@ class Backbone(nn.Module):
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the backbone was trained to see: shorter side to `resize`, central `crop`, in pixels."""
+    """What the backbone was trained to see, as timm records it; the arguments of `images.resize_crop`."""
 
     resize: int
     crop: int
+    interpolation: str
+
+    def __call__(self, image: tuple[bytes, bool]) -> Tensor:
+        """Encoded bytes and `plain_jpeg` to uint8 (3, crop, crop)."""
+        return resize_crop(decode(*image), self.resize, self.crop, self.interpolation)
 
 
 def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocessing]:
@@ -68,7 +71,9 @@ def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocess
         raise PleatError(f"The weights {weights} do not fit {name}: {' '.join(str(error).split())[:300]}") from error
     data = timm.data.resolve_model_data_config(network)
     crop = int(data["input_size"][-1])
-    return Backbone(network, data["mean"], data["std"]), Preprocessing(int(crop / data["crop_pct"]), crop)
+    return Backbone(network, data["mean"], data["std"]), Preprocessing(
+        int(crop / data["crop_pct"]), crop, data["interpolation"]
+    )
 
 
 def extract(
@@ -111,6 +116,7 @@ def cpu_runner(backbone: Backbone, size: int) -> Callable[[np.ndarray], np.ndarr
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
+    # Several calls side by side, each on one core, are faster than one call spread over all (benchmarks/features.py).
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(onnx_bytes(backbone, size), options, providers=["CPUExecutionProvider"])
     return lambda pixels: session.run(None, {"pixels": pixels})[0]
@@ -123,7 +129,7 @@ def _extract_on_cpu(
     torch.set_num_threads(1)  # each worker thread decodes and resizes on its own core
 
     def both_views(image: tuple[bytes, bool]) -> np.ndarray:
-        pixels = resize_crop(decode(*image), preprocessing.resize, preprocessing.crop).numpy()
+        pixels = preprocessing(image).numpy()
         return run(np.stack([pixels, pixels[:, :, ::-1]]))
 
     n_threads = os.cpu_count() or 1
@@ -146,13 +152,7 @@ def _extract_on_gpu(
             views = [backbone(pixels), backbone(pixels.flip(-1))]
         return torch.stack(views, dim=1).float().cpu().numpy()
 
-    batch: list[Tensor] = []
+    images = iter(images)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        prepare = pool.map(lambda image: resize_crop(decode(*image), preprocessing.resize, preprocessing.crop), images)
-        for pixels in prepare:
-            batch.append(pixels)
-            if len(batch) == GPU_BATCH:
-                yield from features(batch)
-                batch = []
-        if batch:
-            yield from features(batch)
+        while chunk := list(islice(images, GPU_BATCH)):
+            yield from features(list(pool.map(preprocessing, chunk)))
