@@ -48,7 +48,8 @@ def class_scores(actual: Ints, predicted: Ints, n_classes: int) -> ClassScores:
     precision, recall, f1, support = precision_recall_fscore_support(
         actual, predicted, labels=range(n_classes), zero_division=NAN
     )
-    return ClassScores(support, precision, recall, f1)
+    # scikit-learn counts in floats where no prediction is right.
+    return ClassScores(support.astype(np.int64), precision, recall, f1)
 
 
 def roc_auc_by_class(actual: Ints, probability: npt.NDArray[np.floating]) -> Floats:

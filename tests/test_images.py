@@ -189,6 +189,7 @@ def test_what_is_broken_is_refused_with_its_reason(tmp_path: Path) -> None:
         "half4.webp": (encode(draw(5), "WEBP")[:-50], "undecodable"),
         "text.jpg": (b"<html><body>404 Not Found</body></html>", "undecodable"),
         "postscript.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n%%EOF\n", "undecodable"),
+        "pixmap.jpg": (encode(draw(8), "PPM"), "undecodable"),  # Pillow could, but no data set holds such
         "vector.png": (b'<svg xmlns="http://www.w3.org/2000/svg" width="64" height="64"/>', "undecodable"),
         "random.png": (np.random.default_rng(0).bytes(5000), "undecodable"),
         "pixel.png": (encode(draw(6, 1, 1), "PNG"), "too small"),

@@ -13,6 +13,7 @@ from queue import SimpleQueue
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline_steps.errors import PleatError
@@ -65,7 +66,9 @@ def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocess
     overlay = {"file": str(weights)} if weights else None
     try:
         network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
-    except (RuntimeError, KeyError) as error:
+    except SafetensorError as error:
+        raise PleatError(f"The weights {weights} cannot be read as safetensors: {error}. Get the file again.") from error
+    except RuntimeError as error:  # names the tensors that are missing, unknown or of another shape
         if weights is None:
             raise
         raise PleatError(f"The weights {weights} do not fit {name}: {' '.join(str(error).split())[:300]}") from error

@@ -1,0 +1,158 @@
+"""The training loop: exact resume, early stopping, weights and views against hand-made cases and scikit-learn."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.utils.class_weight import compute_class_weight
+
+from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, best_epoch, class_weights, fit, predict
+from pipeline_steps.vision.inputs import Features, Pixels
+from pipeline_steps.vision.networks import CustomCnn, Head
+
+SCHEDULE = Schedule(
+    max_epochs=8,
+    patience=8,
+    batch_size=16,
+    learning_rate=0.01,
+    weight_decay=0.01,
+    label_smoothing=0.1,
+    balanced=True,
+    mirror=True,
+    seed=3,
+)
+TRAIN, INNER = torch.arange(0, 60), torch.arange(60, 90)
+
+
+def labels() -> torch.Tensor:
+    return torch.arange(90) % 3
+
+
+def features() -> Features:
+    noise = torch.Generator().manual_seed(0)
+    values = torch.nn.functional.one_hot(labels(), 5).float()[:, None].repeat(1, 2, 1)
+    return Features(values + 0.7 * torch.randn(90, 2, 5, generator=noise))
+
+
+def pixels() -> Pixels:
+    noise = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 256, (90, 3, 16, 16), generator=noise)
+    values[:, 0] = (values[:, 0] // 4 + labels().view(-1, 1, 1) * 60).clamp(0, 255)
+    return Pixels(values.to(torch.uint8))
+
+
+def head() -> Head:
+    torch.manual_seed(1)
+    return Head(5, 3, hidden=8, dropout=0.3)
+
+
+def cnn() -> CustomCnn:
+    torch.manual_seed(1)
+    return CustomCnn([(4, 3, 2), (8, 3, 2)], 3, hidden=0, dropout=0.2)
+
+
+def run(network, inputs, checkpoint: Path, on_epoch=lambda _: None, schedule=SCHEDULE, version="v1") -> Fitted:
+    return fit(network, inputs, labels(), TRAIN, INNER, schedule, checkpoint, version, on_epoch)
+
+
+@pytest.mark.parametrize(("build", "inputs"), [(head, features), (cnn, pixels)], ids=["head", "cnn"])
+@pytest.mark.parametrize("stop_after", [1, 5])
+def test_an_interrupted_training_ends_with_the_same_bits(build, inputs, stop_after: int, tmp_path: Path) -> None:
+    undisturbed = run(build(), inputs(), tmp_path / "undisturbed.pt")
+
+    def interrupt(epoch: Epoch) -> None:
+        if epoch.epoch == stop_after:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(build(), inputs(), tmp_path / "checkpoint.pt", interrupt)
+    torch.rand(1000)  # whatever else draws random numbers in between must not matter
+    seen: list[Epoch] = []
+    resumed = run(build(), inputs(), tmp_path / "checkpoint.pt", seen.append)
+
+    assert resumed.history == undisturbed.history == seen
+    assert resumed.best_epoch == undisturbed.best_epoch
+    assert resumed.state.keys() == undisturbed.state.keys()
+    for name, tensor in resumed.state.items():
+        assert torch.equal(tensor, undisturbed.state[name]), name
+
+
+@pytest.mark.parametrize("change", ["schedule", "version", "network"])
+def test_a_checkpoint_of_other_arguments_is_not_taken_up(change: str, tmp_path: Path) -> None:
+    run(head(), features(), tmp_path / "checkpoint.pt", schedule=replace(SCHEDULE, max_epochs=2))
+    network, schedule, version = head(), replace(SCHEDULE, max_epochs=2), "v1"
+    if change == "schedule":
+        schedule = replace(schedule, learning_rate=0.02)
+    elif change == "version":
+        version = "v2"
+    else:
+        torch.manual_seed(99)
+        network = Head(5, 3, hidden=8, dropout=0.3)
+    fresh = run(network, features(), tmp_path / "none.pt", schedule=schedule, version=version)
+    first = {name: tensor.clone() for name, tensor in fresh.state.items()}
+    torch.manual_seed(99 if change == "network" else 1)
+    again = run(
+        Head(5, 3, hidden=8, dropout=0.3), features(), tmp_path / "checkpoint.pt", schedule=schedule, version=version
+    )
+    assert all(torch.equal(first[name], tensor) for name, tensor in again.state.items())
+
+
+def test_a_finished_checkpoint_is_not_trained_further(tmp_path: Path) -> None:
+    once = run(head(), features(), tmp_path / "checkpoint.pt")
+    twice = run(head(), features(), tmp_path / "checkpoint.pt")
+    assert twice.history == once.history
+
+
+def test_the_weights_that_stay_are_those_of_the_best_inner_epoch(tmp_path: Path) -> None:
+    kept: dict[int, torch.Tensor] = {}
+    network = head()
+    fitted = run(network, features(), tmp_path / "c.pt", lambda e: kept.update({e.epoch: network.layers[1].weight.detach().clone()}))  # fmt: skip
+    scores = [line.inner_f1_weighted for line in fitted.history]
+    assert fitted.best_epoch == int(np.argmax(scores)) + 1
+    assert torch.equal(fitted.state["layers.1.weight"], kept[fitted.best_epoch])
+
+
+def test_patience_counts_epochs_without_a_better_score(tmp_path: Path) -> None:
+    schedule = replace(SCHEDULE, max_epochs=40, patience=3, learning_rate=0.05)
+    fitted = run(head(), features(), tmp_path / "c.pt", schedule=schedule)
+    assert len(fitted.history) == fitted.best_epoch + 3 < 40
+
+
+def test_best_epoch_takes_the_first_of_equals() -> None:
+    history = [Epoch(number, 0.0, 0.0, score) for number, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1)]
+    assert best_epoch(history) == 2
+    assert best_epoch([]) == 0
+
+
+def test_class_weights_agree_with_scikit_learn() -> None:
+    codes = torch.tensor([0] * 7 + [1] * 2 + [2])
+    expected = compute_class_weight("balanced", classes=np.arange(3), y=codes.numpy())
+    np.testing.assert_allclose(class_weights(codes, 3), expected, rtol=1e-6)
+
+
+def test_predict_averages_the_plain_and_the_mirrored_view() -> None:
+    network, images, rows = cnn().eval(), pixels(), torch.tensor([5, 0, 17])
+    with torch.no_grad():
+        plain = network(images.values[rows]).softmax(1)
+        mirrored = network(images.values[rows].flip(3)).softmax(1)
+    torch.testing.assert_close(predict(network, images, rows, mirror=True), (plain + mirrored) / 2)
+    torch.testing.assert_close(predict(network, images, rows, mirror=False), plain)
+
+
+def test_views_are_picked_row_by_row() -> None:
+    images, rows, mirrored = pixels(), torch.tensor([3, 4]), torch.tensor([True, False])
+    batch = images.batch(rows, mirrored)
+    assert torch.equal(batch[0], images.values[3].flip(2))
+    assert torch.equal(batch[1], images.values[4])
+    vectors = features()
+    assert torch.equal(vectors.batch(rows, mirrored), torch.stack([vectors.values[3, 1], vectors.values[4, 0]]))
+
+
+def test_the_head_standardises_by_what_it_was_given() -> None:
+    network, values = head(), features().values[TRAIN]
+    network.standardise_by(values)
+    flat = values.reshape(-1, 5).numpy()
+    np.testing.assert_allclose(network.mean, flat.mean(0), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(network.std, flat.std(0, ddof=1), rtol=1e-4)
