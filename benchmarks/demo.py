@@ -3,8 +3,8 @@
 Run with `python benchmarks/demo.py`; takes one to three minutes.
 """
 
+from clone import fresh_clone, print_stages
 from measure import on_this_machine, verdict
-from workspace import fresh_clone, print_stages
 
 SECONDS = 180
 

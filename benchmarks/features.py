@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from clone import users_environment, watch
 from measure import REPOSITORY, alternate, data_folder, on_this_machine, print_rates, ratio, verdict
-from workspace import users_environment, watch
 
 MODEL = "mobilenetv2_100"
 BATCH = 32
@@ -26,7 +26,7 @@ TORCH, PLEAT = "torch, forward only", "Pleat, bytes to features"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=384, help="how many images (default 384)")
+    parser.add_argument("--images", type=int, default=256, help="how many images (default 256)")
     parser.add_argument("--rounds", type=int, default=5, help="how often each side is measured (default 5)")
     parser.add_argument("--only", choices=["torch", "pleat"], help="run one side once, for its memory")
     arguments = parser.parse_args()
@@ -73,10 +73,7 @@ class Bench:
 
     def pixels(self) -> np.ndarray:
         """Both views of every image as extract makes them: uint8 (n, 2, 3, crop, crop)."""
-        from pipeline_steps.vision.images import decode, resize_crop
-
-        shape = self.preprocessing.resize, self.preprocessing.crop
-        plain = np.stack([resize_crop(decode(*image), *shape).numpy() for image in self.images])
+        plain = np.stack([self.preprocessing(image).numpy() for image in self.images])
         return np.stack([plain, plain[..., ::-1]], axis=1)
 
     def torch_features(self, pixels: np.ndarray | None = None) -> Timed:
@@ -88,9 +85,9 @@ class Bench:
         views = torch.from_numpy(pixels).flatten(0, 1)
         started = time.perf_counter()
         with torch.inference_mode():
-            features = torch.cat([self.backbone(part) for part in views.split(BATCH)])
+            features = torch.cat([self.backbone(part) for part in torch.split(views, BATCH)])
         seconds = time.perf_counter() - started
-        return Timed(features.unflatten(0, (-1, 2)).numpy(), seconds)
+        return Timed(features.reshape(len(pixels), 2, -1).numpy(), seconds)
 
     def pleat_features(self) -> Timed:
         """What `prepare` does; its start-up (export to ONNX, session) lasts until the first image is done."""

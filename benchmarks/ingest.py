@@ -1,7 +1,7 @@
 """Ingestion of the real clothing set: the stage `ingest` against a plain single-threaded Pillow loop.
 
-Run with `python benchmarks/ingest.py`; takes about two minutes. The loop does what the manifest needs and no more: read,
-open, turn upright, convert to RGB, sha256, perceptual hash. The stage also checks, packs and writes.
+Run with `python benchmarks/ingest.py`; takes about two minutes. The loop does what the manifest needs and no more:
+read, open, turn upright, convert to RGB, sha256, perceptual hash. The stage also checks, packs and writes.
 """
 
 import argparse
@@ -15,8 +15,8 @@ import time
 from contextlib import redirect_stdout
 from pathlib import Path
 
+from clone import Workspace, users_environment
 from measure import REPOSITORY, alternate, data_folder, on_this_machine, print_rates, verdict
-from workspace import Workspace, users_environment
 
 BATCH = "clothing"
 TARGET = 500

@@ -7,8 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from clone import Watched, Workspace, fresh_clone, print_stages, ran
 from measure import data_folder, on_this_machine, verdict
-from workspace import Watched, Workspace, fresh_clone, print_stages, ran
 
 MODEL = "mobilenetv2_100"
 NO_HOLDOUT = "split.holdout.fraction=0"

@@ -107,7 +107,7 @@ def draw_sample(folder: Path, seed: int = 7) -> None:
     for number, row in enumerate(rows):
         scene = scenes[row.sender_id]
         photo = draw_garment(row.label, np.random.default_rng([seed, 2, number]), scene=scene)
-        files[row.image] = jpeg(photo, scene.quality)
+        files[row.image] = _jpeg(photo, scene.quality)
     add_faults(rng, rows, files)
     with atomic_folder(folder) as partial:
         (partial / "images").mkdir()
@@ -129,7 +129,7 @@ def plan(rng: Rng, senders: list[int]) -> list[Row]:
         spread = rng.choice(senders, min(count, SPREAD_SENDERS), replace=False, p=weights)
         for sender in [*spread, *rng.choice(senders, count - len(spread), p=weights)]:
             kids = bool(rng.random() < (0.97 if label == "Body" else 0.08))
-            rows.append(Row(new_name(rng), int(sender), label, kids))
+            rows.append(Row(_new_name(rng), int(sender), label, kids))
     return rows
 
 
@@ -141,7 +141,7 @@ def add_faults(rng: Rng, rows: list[Row], files: dict[str, bytes]) -> None:
     chosen.remove(shirt)
 
     def add(like: Row, content: bytes | None, **changes: Any) -> None:
-        row = like._replace(image=new_name(rng), **changes)
+        row = like._replace(image=_new_name(rng), **changes)
         rows.append(row)
         if content is not None:
             files[row.image] = content
@@ -149,43 +149,43 @@ def add_faults(rng: Rng, rows: list[Row], files: dict[str, bytes]) -> None:
     # readable, but stored as few cameras do
     for store in (as_turned, as_palette, as_grey, as_cmyk):
         row = chosen.pop()
-        files[row.image] = store(opened(files[row.image]))
+        files[row.image] = store(_opened(files[row.image]))
     # the same bytes again, once under another label
     for _ in range(4):
         row = chosen.pop()
         add(row, files[row.image])
     add(shirt, files[shirt.image], label="Longsleeve")
     # nearly the same picture, three from another sender
-    for change in (recompressed, smaller, brighter) * 3:
+    for change in (_recompressed, _smaller, _brighter) * 3:
         row = chosen.pop()
-        sender = chosen.pop().sender_id if change is recompressed else row.sender_id
-        add(row, change(opened(files[row.image])), sender_id=sender)
+        sender = chosen.pop().sender_id if change is _recompressed else row.sender_id
+        add(row, change(_opened(files[row.image])), sender_id=sender)
     # unreadable
     for _ in range(2):
         add(chosen.pop(), b"")
         row = chosen.pop()
         add(row, files[row.image][: len(files[row.image]) // 2])
     add(chosen.pop(), b"This is a note about a photograph, not a photograph.\n")
-    add(chosen.pop(), jpeg(Image.new("RGB", (1, 1), (120, 90, 60)), 75))
+    add(chosen.pop(), _jpeg(Image.new("RGB", (1, 1), (120, 90, 60)), 75))
     # rows without a file and files without a row
     for _ in range(3):
         add(chosen.pop(), None, label="Skip")
     for _ in range(4):
         row = chosen.pop()
-        files[new_name(rng)] = jpeg(draw_garment(row.label, rng), 75)
+        files[_new_name(rng)] = _jpeg(draw_garment(row.label, rng), 75)
 
 
-def new_name(rng: Rng) -> str:
+def _new_name(rng: Rng) -> str:
     return str(uuid.UUID(bytes=rng.bytes(16), version=4))
 
 
-def jpeg(photo: Image.Image, quality: int, **options: Any) -> bytes:
+def _jpeg(photo: Image.Image, quality: int, **options: Any) -> bytes:
     buffer = io.BytesIO()
     photo.save(buffer, "JPEG", quality=quality, optimize=True, **options)
     return buffer.getvalue()
 
 
-def opened(content: bytes) -> Image.Image:
+def _opened(content: bytes) -> Image.Image:
     return Image.open(io.BytesIO(content)).convert("RGB")
 
 
@@ -193,15 +193,17 @@ def as_turned(photo: Image.Image) -> bytes:
     """Stored on its side; the EXIF tag says how to turn it back."""
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
-    return jpeg(photo.transpose(Image.Transpose.ROTATE_90), 78, exif=exif)
+    return _jpeg(photo.transpose(Image.Transpose.ROTATE_90), 78, exif=exif)
 
 
 def as_grey(photo: Image.Image) -> bytes:
-    return jpeg(photo.convert("L"), 78)
+    """A JPEG with one channel."""
+    return _jpeg(photo.convert("L"), 78)
 
 
 def as_cmyk(photo: Image.Image) -> bytes:
-    return jpeg(photo.convert("CMYK"), 78)
+    """A JPEG with the four channels of print."""
+    return _jpeg(photo.convert("CMYK"), 78)
 
 
 def as_palette(photo: Image.Image) -> bytes:
@@ -211,16 +213,16 @@ def as_palette(photo: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def recompressed(photo: Image.Image) -> bytes:
-    return jpeg(photo, 55)
+def _recompressed(photo: Image.Image) -> bytes:
+    return _jpeg(photo, 55)
 
 
-def smaller(photo: Image.Image) -> bytes:
-    return jpeg(photo.resize((photo.width * 9 // 10, photo.height * 9 // 10), Image.Resampling.BICUBIC), 80)
+def _smaller(photo: Image.Image) -> bytes:
+    return _jpeg(photo.resize((photo.width * 9 // 10, photo.height * 9 // 10), Image.Resampling.BICUBIC), 80)
 
 
-def brighter(photo: Image.Image) -> bytes:
-    return jpeg(photo.point(lambda level: level * 1.08), 80)
+def _brighter(photo: Image.Image) -> bytes:
+    return _jpeg(photo.point(lambda level: level * 1.08), 80)
 
 
 def draw_garment(label: str, rng: Rng, side: int = 88, scene: Scene | None = None) -> Image.Image:
@@ -308,11 +310,11 @@ def paint(
         if shape.paint == "cloth":
             source = cloth.point(lambda level, tone=shape.tone: level * tone)
         else:
-            source = Image.new("RGB", size, colour(colours[shape.paint] * shape.tone))
+            source = Image.new("RGB", size, _colour(colours[shape.paint] * shape.tone))
         layer.paste(source, mask=mask)
         covered.paste(255, mask=mask)
         if not shape.width:
-            ImageDraw.Draw(layer).line([*shape.points, shape.points[0]], fill=colour(line), width=1)
+            ImageDraw.Draw(layer).line([*shape.points, shape.points[0]], fill=_colour(line), width=1)
     return layer, covered
 
 
@@ -331,7 +333,7 @@ def fabric(kind: str, rng: Rng, size: tuple[int, int], unit: float, cloth: Float
         "dots": (np.hypot(u - 0.5, v - 0.5) < 0.27) * 1.0,
         "flowers": (cloud(rng, size, 22) > 0.7) * 1.0,
     }[str(pattern)]
-    return picture(cloth + (trim - cloth) * 0.6 * amount[..., None])
+    return _picture(cloth + (trim - cloth) * 0.6 * amount[..., None])
 
 
 def draw_ground(scene: Scene, rng: Rng, size: tuple[int, int], unit: float) -> Image.Image:
@@ -351,7 +353,7 @@ def draw_ground(scene: Scene, rng: Rng, size: tuple[int, int], unit: float) -> I
     else:
         amount = 0.2 * cloud(rng, size, 3) + 0 * u
     first, second = scene.colours
-    return picture(first + (second - first) * amount[..., None])
+    return _picture(first + (second - first) * amount[..., None])
 
 
 def hang(ground: Image.Image, neck: tuple[float, float], unit: float) -> None:
@@ -380,12 +382,12 @@ def rgb(hue: float, saturation: float, value: float) -> Floats:
     return 255 * (value - value * saturation * np.minimum(sector, 4 - sector).clip(0, 1))
 
 
-def colour(levels: Floats) -> tuple[int, int, int]:
+def _colour(levels: Floats) -> tuple[int, int, int]:
     red, green, blue = levels.clip(0, 255).astype(int).tolist()
     return red, green, blue
 
 
-def picture(levels: Floats) -> Image.Image:
+def _picture(levels: Floats) -> Image.Image:
     return Image.fromarray(levels.clip(0, 255).astype(np.uint8))
 
 

@@ -33,6 +33,7 @@ def arc(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float 
 
 
 def flip(points: Points) -> Points:
+    """The mirror image, left to right, with the points in reverse order."""
     return [(-x, y) for x, y in reversed(points)]
 
 
@@ -47,10 +48,12 @@ def both(points: Points, *style: Any) -> list[Shape]:
 
 
 def seam(*points: tuple[float, float], width: float = 0.02, paint: str = "seam") -> Shape:
+    """A line through `points`, `width` wide in their unit."""
     return Shape(list(points), paint, 1.0, width)
 
 
 def dots(x: float, start: float, stop: float, count: int, size: float = 0.028, paint: str = "trim") -> list[Shape]:
+    """`count` discs of radius `size` below one another at `x`, evenly from `start` to `stop`."""
     return [Shape(arc(x, float(y), size, size), paint) for y in np.linspace(start, stop, count)]
 
 
@@ -83,10 +86,12 @@ def torso(
 
 
 def neckband(neck: float = 0.19, dip: float = 0.13, paint: str = "seam") -> Shape:
+    """A line just below a neckline of half width `neck` and depth `dip`."""
     return Shape(arc(0, TOP, neck + 0.02, dip + 0.03, 0, 180), paint, 1.0, 0.045)
 
 
 def collar(paint: str = "cloth") -> list[Shape]:
+    """A folded collar: a darker stand and two lighter leaves."""
     leaf = [(0.0, TOP + 0.13), (0.15, TOP - 0.07), (0.23, TOP + 0.02), (0.18, TOP + 0.2)]
     return [
         Shape([(-0.16, TOP - 0.07), (0.16, TOP - 0.07), (0.19, TOP), (-0.19, TOP)], paint, 0.8),
@@ -111,16 +116,19 @@ def motif(rng: Rng, chance: float) -> list[Shape]:
 
 
 def t_shirt(rng: Rng) -> list[Shape]:
+    """Short sleeves, a neckband and often a print."""
     paint = "trim" if rng.random() < 0.3 else "seam"
     return [*torso(rng, sleeve=0.38, angle=48, cuff=0.27), neckband(paint=paint), *motif(rng, 0.6)]
 
 
 def longsleeve(rng: Rng) -> list[Shape]:
+    """Long sleeves, a neckband and at times a print."""
     paint = "trim" if rng.random() < 0.3 else "seam"
     return [*torso(rng, sleeve=1.1, angle=74, cuff=0.15), neckband(paint=paint), *motif(rng, 0.35)]
 
 
 def polo(rng: Rng) -> list[Shape]:
+    """Short sleeves, a collar and a placket with three buttons."""
     paint = "trim" if rng.random() < 0.4 else "cloth"
     placket = whole([(0.05, TOP + 0.1), (0.05, TOP + 0.5), (0, TOP + 0.5)], paint, 0.9)
     body = torso(rng, sleeve=0.38, angle=52, cuff=0.27)
@@ -128,6 +136,7 @@ def polo(rng: Rng) -> list[Shape]:
 
 
 def shirt(rng: Rng) -> list[Shape]:
+    """Long or short sleeves, a collar, seven buttons and often a breast pocket."""
     long = rng.random() < 0.75
     sleeve: dict[str, float] = (
         {"sleeve": 1.1, "angle": 74, "cuff": 0.16} if long else {"sleeve": 0.42, "angle": 52, "cuff": 0.28}
@@ -144,6 +153,7 @@ def shirt(rng: Rng) -> list[Shape]:
 
 
 def blouse(rng: Rng) -> list[Shape]:
+    """A deep neckline and sleeves of one of three lengths; often a frilled waist or a bow."""
     frilled = rng.random() < 0.6
     wide = rng.uniform(0.5, 0.62) if frilled else 0.47
     tail = [(0.36 if frilled else 0.44, 0.1), (wide, 0.55), (wide / 2, 0.64), (0, 0.6)]
@@ -159,12 +169,14 @@ def blouse(rng: Rng) -> list[Shape]:
 
 
 def undershirt(rng: Rng) -> list[Shape]:
+    """No sleeves, a deep neckline with an edge and at times a print."""
     neck, dip = near(rng, 0.2), near(rng, 0.36)
     edge = neckband(neck, dip, "trim" if rng.random() < 0.4 else "seam")
     return [*torso(rng, neck=neck, dip=dip, shoulder=0.33, chest=0.43), edge, *motif(rng, 0.45)]
 
 
 def top(rng: Rng) -> list[Shape]:
+    """Two straps and a frill across the chest."""
     wide, low = near(rng, 0.36), rng.uniform(0.2, 0.42)
     cup = [(0, -0.3), (0.18, -0.44), (0.34, -0.36), (wide, -0.15), (wide * near(rng, 1.15), low), (0, low + 0.04)]
     straps = both([(0.2, -0.42), (near(rng, 0.17), -0.85)], "cloth", 0.9, rng.choice([0.04, 0.04, 0.1]))
@@ -175,6 +187,7 @@ def top(rng: Rng) -> list[Shape]:
 
 
 def dress(rng: Rng) -> list[Shape]:
+    """Short sleeves or none, a waistband and a long flared skirt with three seams."""
     waist, wide, low = near(rng, 0.3), rng.uniform(0.5, 0.72), rng.uniform(0.95, 1.15)
     tail = [(waist, 0), (wide, low), (wide / 2, low + 0.05), (0, low + 0.06)]
     sleeve = 0.3 if rng.random() < 0.5 else 0.0
@@ -186,6 +199,7 @@ def dress(rng: Rng) -> list[Shape]:
 
 
 def skirt(rng: Rng) -> list[Shape]:
+    """A waistband and a flared skirt of varying length, often with five seams."""
     waist, wide, low = near(rng, 0.33), rng.uniform(0.42, 0.75), rng.uniform(0.25, 0.75)
     shapes = [
         whole(
@@ -208,6 +222,7 @@ def skirt(rng: Rng) -> list[Shape]:
 
 
 def trousers(rng: Rng, low: float, flare: float) -> list[Shape]:
+    """Two legs down to the height `low`, with pockets and hems; a hem is `flare` times half the hips wide."""
     waist, hip, apart = near(rng, 0.33), near(rng, 0.41), rng.uniform(0.0, 0.12)
     ankle = hip * flare
     leg = [(hip + apart, low), (hip + apart - ankle, low + 0.02), (0.02, -0.28), (0, -0.29)]
@@ -221,14 +236,17 @@ def trousers(rng: Rng, low: float, flare: float) -> list[Shape]:
 
 
 def pants(rng: Rng) -> list[Shape]:
+    """Trousers whose long legs narrow downwards."""
     return trousers(rng, rng.uniform(0.8, 1.05), rng.uniform(0.45, 0.75))
 
 
 def shorts(rng: Rng) -> list[Shape]:
+    """Trousers whose short legs stay about as wide."""
     return trousers(rng, rng.uniform(-0.12, 0.12), rng.uniform(0.95, 1.1))
 
 
 def shoes(rng: Rng) -> list[Shape]:
+    """A pair from above, or from the side as low shoes or boots."""
     if rng.random() < 0.55:  # a pair from above
         shapes = []
         for x in (-0.3, 0.3):
@@ -260,6 +278,7 @@ def shoes(rng: Rng) -> list[Shape]:
 
 
 def hat(rng: Rng) -> list[Shape]:
+    """A cap, a beanie or a hat with a brim all round."""
     kind, high = rng.choice(["cap", "beanie", "brim"]), near(rng, 0.62)
     dome = Shape([*arc(0, 0.1, 0.52, high, 180, 360), (0.52, 0.25), (-0.52, 0.25)])
     ribs = [Shape(arc(0, 0.1, x, high, 180, 360), "seam", 1.0, 0.015) for x in (0.2, 0.38)]
@@ -276,6 +295,7 @@ def hat(rng: Rng) -> list[Shape]:
 
 
 def outwear(rng: Rng) -> list[Shape]:
+    """A jacket or coat with a stand collar and a zip, quilted or with pockets; a fifth have no sleeves."""
     low = rng.uniform(0.7, 1.1)
     wide = near(rng, 0.54)
     sleeve = 0.0 if rng.random() < 0.2 else 1.05
@@ -291,6 +311,7 @@ def outwear(rng: Rng) -> list[Shape]:
 
 
 def blazer(rng: Rng) -> list[Shape]:
+    """Long sleeves, lapels round a deep opening, two pockets and two buttons."""
     button = rng.uniform(-0.05, 0.15)
     tail = [(0.4, 0.05), (0.5, 0.68), (0.2, 0.76), (0.02, 0.6), (0, 0.6)]
     shapes = torso(rng, shoulder=0.5, sleeve=1.1, angle=76, cuff=0.19, chest=0.46, tail=tail)
@@ -314,6 +335,7 @@ def blazer(rng: Rng) -> list[Shape]:
 
 
 def hoodie(rng: Rng) -> list[Shape]:
+    """Long sleeves, a hood with cords and a front pocket; a zip, a print or neither."""
     high = near(rng, 0.36, 0.2)
     shapes = [Shape(arc(0, TOP + 0.02, near(rng, 0.32), high), "cloth", 0.85)]
     shapes += torso(rng, neck=0.24, dip=0.16, sleeve=1.08, angle=73, cuff=0.18, chest=0.49)
@@ -327,6 +349,7 @@ def hoodie(rng: Rng) -> list[Shape]:
 
 
 def body(rng: Rng) -> list[Shape]:
+    """A baby's bodysuit with short or long sleeves and mostly a print; a quarter have legs and feet."""
     tail = [(0.44, 0.15), (0.45, 0.32), *arc(0.46, 0.66, 0.3, 0.32, 265, 150), (0.15, 0.84), (0, 0.85)]
     if rng.random() < 0.25:  # with legs and feet
         tail = [(0.46, 0.2), (0.5, 0.85), (0.4, 0.98), (0.22, 0.92), (0.06, 0.4), (0, 0.38)]
@@ -345,6 +368,7 @@ def body(rng: Rng) -> list[Shape]:
 
 
 def other(rng: Rng) -> list[Shape]:
+    """A bag or dungarees, neither of them one of the classes."""
     if rng.random() < 0.5:  # a bag
         handle = Shape(arc(0, -0.2, 0.3, 0.5, 180, 360), "trim", 1.0, 0.07)
         return [

@@ -85,7 +85,7 @@ def apply_labels(
 
 
 def remove_copies(manifest: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Keeps one row of each set of byte-identical images; none where their labels differ, as nobody knows which is right.
+    """Keeps one row of each set of byte-identical images, and none where their labels contradict each other.
 
     Returns:
         The manifest with unique sample_id, and the quarantine rows of what was removed.

@@ -170,3 +170,15 @@ def clothing(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ingest.run(settings, "clothing", root)
     validate.run(settings, root)
     return root
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the pipeline has run once on the sample, without a network."""
+    from workspace import check, copy_checkout, use_quick
+
+    folder = copy_checkout(tmp_path_factory.mktemp("finished"))
+    use_quick(folder)
+    output = check(folder, "dvc", "repro", HF_HUB_OFFLINE="1")
+    (folder / "first_output.txt").write_text(output)
+    return folder

@@ -145,7 +145,12 @@ def test_page_links_only_to_what_exists_and_shows_the_counts(tmp_path: Path) -> 
     for path in ("models/a/index.html", "validation/index.html", "split/balance.png"):
         (reports / path).parent.mkdir(parents=True, exist_ok=True)
         (reports / path).write_text("here")
-    counts = {"labels": {"b": 11, "<script>": 10}, "dropped": {"Not sure": 228}, "quarantine": {}, "samples": 500}
+    counts = {
+        "labels": {"b": 11, "<script>": 10},
+        "dropped": {"Not sure": {"samples": 220, "rows_without_image": 8}},
+        "quarantine": {},
+        "samples": 500,
+    }
     write_json(tmp_path / "data" / "validate" / "counts.json", counts)
     run(tmp_path, "a", "b")
     page = (reports / "index.html").read_text()

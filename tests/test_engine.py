@@ -108,7 +108,11 @@ def test_a_finished_checkpoint_is_not_trained_further(tmp_path: Path) -> None:
 def test_the_weights_that_stay_are_those_of_the_best_inner_epoch(tmp_path: Path) -> None:
     kept: dict[int, torch.Tensor] = {}
     network = head()
-    fitted = run(network, features(), tmp_path / "c.pt", lambda e: kept.update({e.epoch: network.layers[1].weight.detach().clone()}))  # fmt: skip
+
+    def keep(epoch: Epoch) -> None:
+        kept[epoch.epoch] = network.layers[1].weight.detach().clone()
+
+    fitted = run(network, features(), tmp_path / "c.pt", keep)
     scores = [line.inner_f1_weighted for line in fitted.history]
     assert fitted.best_epoch == int(np.argmax(scores)) + 1
     assert torch.equal(fitted.state["layers.1.weight"], kept[fitted.best_epoch])

@@ -22,7 +22,9 @@ def test_published_totals_with_the_original_classifier(backbone: str, params: in
 
 def test_a_network_counted_by_hand() -> None:
     network = CustomCnn(
-        kind="custom_cnn", input_size=20, blocks=[Block(filters=4, kernel=5, pool=2), Block(filters=6, kernel=3, pool=1)]
+        kind="custom_cnn",
+        input_size=20,
+        blocks=[Block(filters=4, kernel=5, pool=2), Block(filters=6, kernel=3, pool=1)],
     )
     totals = count(network, Head(hidden=7, dropout=0.5), n_classes=3)
     convolutions = 5 * 5 * 3 * 4, 3 * 3 * 4 * 6  # weights, without bias

@@ -68,7 +68,7 @@ def named(batches: list[list[tuple[int, str]]], seed: int) -> dict[str, list[tup
     }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(BATCHES, st.integers(0, 2**32), st.sampled_from([None, "sender_id"]), st.sampled_from([0.0, 0.15, 0.5]))
 def test_what_belongs_together_stays_together(
     batches: list[list[tuple[int, str]]], seed: int, group_by: str | None, fraction: float
@@ -102,7 +102,7 @@ def test_what_belongs_together_stays_together(
         assert (older[bound]["side"] != row["side"]).any(), f"{sample} is left out without need"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(BATCHES, st.integers(0, 2**32), st.sampled_from([None, "sender_id"]), st.randoms(use_true_random=False))
 def test_a_later_batch_moves_no_older_sample(
     batches: list[list[tuple[int, str]]], seed: int, group_by: str | None, shuffler: random.Random
@@ -166,6 +166,21 @@ def test_only_the_sample_between_the_sides_is_left_out() -> None:
     assert rows.loc[[f"cy{number}" for number in range(4)], "group"].nunique() == 1
     # The same without senders: the others are groups of their own.
     assert rows.loc[train, "side"] == side_of("ann")
+
+
+def test_what_was_left_out_draws_no_later_sample_along() -> None:
+    train, holdout = two_sides()
+    rows = assigned(
+        {
+            "old": [(train, 0b0, ""), (holdout, 0b11111111, "")],
+            "new": [("between", 0b1111, "")],
+            "newer": [("at train", 0b1, ""), ("at holdout", 0b111111, "")],  # both near copies of `between` too
+        },
+        settings_of(),
+    )
+    assert list(rows.index[rows["straddling"]]) == ["between"]
+    assert rows.loc["at train", "side"] == "train"
+    assert rows.loc["at holdout", "side"] == "holdout"
 
 
 def test_a_new_sample_between_two_groups_of_one_side_joins_their_folds() -> None:
@@ -340,7 +355,7 @@ def test_fewer_groups_than_folds_is_a_sentence_and_a_class_of_few_groups_a_warni
 
 
 def test_the_reports_show_every_class_and_fold(tmp_path: Path) -> None:
-    write_data(tmp_path, {"a": labelled(**LARGE | {"$x$ & $y": 20, "Kleid für Ähnliche": 20})})
+    write_data(tmp_path, {"a": labelled(**LARGE | {r"$\bad{$": 20, "Kleid für Ähnliche": 20})})
     rows = run(tmp_path, holdout__fraction=0.15, folds=list(range(3)))
     balance = pd.read_csv(tmp_path / "reports" / "split" / "balance.csv").set_index("label")
     assert list(balance.columns) == ["fold 0", "fold 1", "fold 2", "holdout"]

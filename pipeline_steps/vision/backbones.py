@@ -67,7 +67,7 @@ def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocess
     try:
         network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
     except SafetensorError as error:
-        raise PleatError(f"The weights {weights} cannot be read as safetensors: {error}. Get the file again.") from error
+        raise PleatError(f"The weights {weights} cannot be read as safetensors: {error}. Fetch them again.") from error
     except RuntimeError as error:  # names the tensors that are missing, unknown or of another shape
         if weights is None:
             raise
