@@ -7,8 +7,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def watch(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Watched:
 
         def sample() -> None:
             while not done.wait(SAMPLE_EVERY_S):
-                watched.peak_bytes = max(watched.peak_bytes, tree_bytes(process.pid))
+                watched.peak_bytes = max(watched.peak_bytes, tree_bytes(process.pid, watched.peak_bytes))
 
         sampler = threading.Thread(target=sample)
         sampler.start()
@@ -109,22 +109,28 @@ def watch(command: Sequence[str], cwd: Path, env: Mapping[str, str]) -> Watched:
     return watched
 
 
-def tree_bytes(pid: int) -> int:
-    """Memory of a process and of all below it; 0 once they are gone.
+def tree_bytes(pid: int, at_least: int = 0) -> int:
+    """Memory of a process and of all below it; 0 once they are gone, or if it cannot be more than `at_least`.
 
     The sum of their proportional set sizes (a page that n processes share counts 1/n for each), or of their resident
-    sets where the system does not tell, as on macOS.
+    sets where the system does not tell, as on macOS. The resident sets are never smaller, and quick to read, whereas
+    reading the proportional ones holds the processes up.
     """
-    total = 0
     try:
         processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
     except psutil.Error:
         return 0
+    resident = _total(processes, lambda process: process.memory_info().rss)
+    if resident <= at_least or sys.platform != "linux":
+        return resident if resident > at_least else 0
+    return _total(processes, lambda process: process.memory_full_info().pss)
+
+
+def _total(processes: list[psutil.Process], of: Callable[[psutil.Process], int]) -> int:
+    total = 0
     for process in processes:
-        try:
-            total += process.memory_full_info().pss if sys.platform == "linux" else process.memory_info().rss
-        except psutil.Error:  # it has just ended
-            continue
+        with suppress(psutil.Error):  # it may have just ended
+            total += of(process)
     return total
 
 

@@ -41,6 +41,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 EXPERIMENT = "pleat"
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
 SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
@@ -84,8 +85,10 @@ class Tracker:
         with FileLock(root / ".pleat" / "mlflow.lock"):
             mlflow.set_tracking_uri(uri)
             self.client = MlflowClient(uri)
-            experiment = self.client.get_experiment_by_name(EXPERIMENT)
-            self.experiment = experiment.experiment_id if experiment else self.client.create_experiment(EXPERIMENT)
+            found = self.client.get_experiment_by_name(EXPERIMENT)
+            self.experiment = (
+                found.experiment_id if found else self.client.create_experiment(EXPERIMENT, tags=EXPERIMENT_TAGS)
+            )
 
     def epochs(self, model: str, fold: int, history: list[dict[Any, Any]]) -> None:
         """Logs the epochs that a fold's run does not have yet, in one batch.
