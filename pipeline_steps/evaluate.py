@@ -48,7 +48,9 @@ class Predictions:
 
 
 def run(params: Params, model: str, root: Path = Path()) -> dict[str, Any]:
-    """Writes data/evaluate/MODEL/metrics.json and reports/models/MODEL/; the same input gives the same bytes.
+    """Writes data/evaluate/MODEL and reports/models/MODEL/; the same input gives the same bytes.
+
+    data/evaluate/MODEL holds metrics.json, and curves.csv and confusion.csv for `dvc plots`.
 
     Returns:
         What metrics.json holds: each headline score's mean, std, 95% interval, pooled value and folds, then n_samples,
@@ -67,7 +69,12 @@ def run(params: Params, model: str, root: Path = Path()) -> dict[str, Any]:
 
     with atomic_folder(root / "reports" / "models" / model) as out:
         write_report(out, model, predictions, summary, folds, curves, mistakes(predictions, root))
-    write_json(root / "data" / "evaluate" / model / "metrics.json", summary)
+    data = root / "data" / "evaluate" / model
+    write_json(data / "metrics.json", summary)
+    write_csv(data / "curves.csv", curves)
+    names = np.array(predictions.classes, dtype=object)
+    rows = {"actual": names[predictions.actual], "predicted": names[predictions.predicted]}
+    write_csv(data / "confusion.csv", pd.DataFrame(rows))
     headline = summary["f1_weighted"]
     say(f"{model}: weighted F1 {plots.with_spread(headline['mean'], headline['std'])} over {len(folds)} folds")
     return summary
@@ -265,14 +272,11 @@ def write_report(
     worst: pd.DataFrame,
 ) -> None:
     """Writes the tables, the pictures and index.html into the folder `out`."""
-    names = np.array(predictions.classes, dtype=object)
     classes = class_table(predictions)
-    confusion = confusion_matrix(predictions.actual, predictions.predicted, labels=range(len(names)))
+    n_classes = len(predictions.classes)
+    confusion = confusion_matrix(predictions.actual, predictions.predicted, labels=range(n_classes))
     write_csv(out / "per_class.csv", classes)
     write_csv(out / "folds.csv", folds)
-    write_csv(out / "curves.csv", curves)
-    rows = {"actual": names[predictions.actual], "predicted": names[predictions.predicted]}
-    write_csv(out / "confusion.csv", pd.DataFrame(rows))
 
     plots.confusion(out / "confusion.png", confusion, predictions.classes)
     plots.per_class(out / "per_class.png", classes)

@@ -104,13 +104,13 @@ def test_tables(evaluated: Path) -> None:
     ]
     np.testing.assert_allclose(classes["f1_mean"], np.mean(f1, axis=0), rtol=1e-5)
     np.testing.assert_allclose(classes["f1_std"], np.std(f1, axis=0, ddof=1), rtol=1e-5)
-    confusion = pd.read_csv(out / "confusion.csv")
+    confusion = pd.read_csv(evaluated / "data" / "evaluate" / MODEL / "confusion.csv")
     assert confusion["actual"].tolist() == frame["label"].tolist()
     assert confusion["predicted"].tolist() == predicted.tolist()
     folds = pd.read_csv(out / "folds.csv")
     assert folds["fold"].tolist() == [0, 1, 2]
     assert folds["n_samples"].sum() == 96
-    curves = pd.read_csv(out / "curves.csv")
+    curves = pd.read_csv(evaluated / "data" / "evaluate" / MODEL / "curves.csv")
     assert list(curves) == ["fold", "epoch", "train_loss", "inner_loss", "inner_f1_weighted"]
     assert len(curves) == 18
     for name in ("confusion", "per_class", "roc", "curves", "folds"):
