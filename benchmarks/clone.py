@@ -15,7 +15,7 @@ from pathlib import Path
 import psutil
 from measure import REPOSITORY
 
-SAMPLE_EVERY_S = 0.25
+SAMPLE_EVERY_S = 0.4
 STAGE_LINES = {
     "ran": re.compile(r"Running stage '(.+)':$"),
     "unchanged": re.compile(r"Stage '(.+)' didn't change, skipping$"),

@@ -113,6 +113,7 @@ class Training(Strict):
     weight_decay: Annotated[float, Field(ge=0)]
     label_smoothing: Fraction
     class_weights: Literal["none", "balanced"]
+    weight_average: Fraction
     mirror: bool
 
 

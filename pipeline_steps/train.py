@@ -47,6 +47,7 @@ def run(
     torch.manual_seed(seed)
     network = build_network(settings, training, inputs, len(classes))
     if isinstance(network, Head):
+        torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
     inputs, codes = type(inputs)(inputs.values.to(target)), codes.to(target)
     network = network.to(target).to(memory_format=torch.channels_last)
@@ -159,6 +160,7 @@ def _schedule(training: Training, seed: int) -> Schedule:
         weight_decay=training.weight_decay,
         label_smoothing=training.label_smoothing,
         balanced=training.class_weights == "balanced",
+        weight_average=training.weight_average,
         mirror=training.mirror,
         seed=seed,
     )

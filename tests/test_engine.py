@@ -20,6 +20,7 @@ SCHEDULE = Schedule(
     weight_decay=0.01,
     label_smoothing=0.1,
     balanced=True,
+    weight_average=0.9,
     mirror=True,
     seed=3,
 )
@@ -105,17 +106,28 @@ def test_a_finished_checkpoint_is_not_trained_further(tmp_path: Path) -> None:
     assert twice.history == once.history
 
 
-def test_the_weights_that_stay_are_those_of_the_best_inner_epoch(tmp_path: Path) -> None:
-    kept: dict[int, torch.Tensor] = {}
+def test_the_weights_that_stay_are_the_moving_average_at_the_best_inner_epoch(tmp_path: Path) -> None:
+    """One step an epoch, so that the average can be followed from outside: a <- 0.9 a + 0.1 w, from the first w on."""
+    averages: list[torch.Tensor] = []
     network = head()
 
-    def keep(epoch: Epoch) -> None:
-        kept[epoch.epoch] = network.layers[1].weight.detach().clone()
+    def follow(_: Epoch) -> None:
+        weight = network.layers[1].weight.detach().clone()
+        averages.append(0.9 * averages[-1] + 0.1 * weight if averages else weight)
 
-    fitted = run(network, features(), tmp_path / "c.pt", keep)
+    fitted = run(network, features(), tmp_path / "c.pt", follow, replace(SCHEDULE, batch_size=60))
     scores = [line.inner_f1_weighted for line in fitted.history]
     assert fitted.best_epoch == int(np.argmax(scores)) + 1
-    assert torch.equal(fitted.state["layers.1.weight"], kept[fitted.best_epoch])
+    torch.testing.assert_close(fitted.state["layers.1.weight"], averages[fitted.best_epoch - 1])
+
+
+def test_without_averaging_the_weights_are_those_of_the_best_epoch(tmp_path: Path) -> None:
+    kept: list[torch.Tensor] = []
+    network = cnn()
+    schedule = replace(SCHEDULE, weight_average=0.0)
+    follow = lambda _: kept.append(network.body[1].running_mean.clone())  # noqa: E731
+    fitted = run(network, pixels(), tmp_path / "c.pt", follow, schedule)
+    assert torch.equal(fitted.state["body.1.running_mean"], kept[fitted.best_epoch - 1])
 
 
 def test_patience_counts_epochs_without_a_better_score(tmp_path: Path) -> None:

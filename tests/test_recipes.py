@@ -38,6 +38,7 @@ training:
     weight_decay: 0.01
     label_smoothing: 0.0
     class_weights: none
+    weight_average: 0.0
     mirror: true
   b: *training
   c: {<<: *training, max_epochs: 60}

@@ -26,7 +26,7 @@ OVERRIDES = {
         "frozen": {
             "head": {"hidden": 0, "dropout": 0.0}, "max_epochs": 12, "patience": 12, "inner_fraction": 0.2,
             "batch_size": 16, "learning_rate": 0.05, "weight_decay": 0.0, "label_smoothing": 0.0,
-            "class_weights": "none", "mirror": True,
+            "class_weights": "none", "weight_average": 0.5, "mirror": True,
         }
     },
 }  # fmt: skip

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from sklearn.metrics import f1_score
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline_steps.files import atomic_path
 from pipeline_steps.vision.inputs import Inputs
@@ -39,6 +40,7 @@ class Schedule:
     weight_decay: float
     label_smoothing: float
     balanced: bool
+    weight_average: float
     mirror: bool
     seed: int
 
@@ -93,6 +95,8 @@ def fit(
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps, pct_start=0.2)
     n_classes = int(labels.max()) + 1
     weight = class_weights(labels[train_rows], n_classes) if schedule.balanced else None
+    # What is scored and kept: the exponential moving average of the weights over the steps, here with decay 0 too.
+    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.weight_average), use_buffers=True)
     loss = nn.CrossEntropyLoss(weight, label_smoothing=schedule.label_smoothing)
 
     history: list[Epoch] = []
@@ -103,6 +107,7 @@ def fit(
         network.load_state_dict(saved["network"])
         optimizer.load_state_dict(saved["optimizer"])
         cycle.load_state_dict(saved["cycle"])
+        average.load_state_dict(saved["average"])
         order.set_state(saved["order"])
         torch.set_rng_state(saved["rng"])
         best = saved["best"]
@@ -111,8 +116,8 @@ def fit(
             on_epoch(line)
 
     while len(history) < schedule.max_epochs and len(history) - best_epoch(history) < schedule.patience:
-        train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, cycle, loss)
-        probabilities = predict(network, inputs, inner_rows, schedule.mirror)
+        train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, cycle, average, loss)
+        probabilities = predict(average.module, inputs, inner_rows, schedule.mirror)
         truth = labels[inner_rows]
         line = Epoch(
             epoch=len(history) + 1,
@@ -124,12 +129,18 @@ def fit(
         )
         history.append(line)
         if best_epoch(history) == line.epoch:
-            best = _copy(network)
+            best = _copy(average.module)
         state = {
-            "key": key, "network": network.state_dict(), "optimizer": optimizer.state_dict(),
-            "cycle": cycle.state_dict(), "order": order.get_state(), "rng": torch.get_rng_state(), "best": best,
+            "key": key,
+            "network": network.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "cycle": cycle.state_dict(),
+            "average": average.state_dict(),
+            "order": order.get_state(),
+            "rng": torch.get_rng_state(),
+            "best": best,
             "history": json.dumps([vars(item) for item in history]),
-        }  # fmt: skip
+        }
         with atomic_path(checkpoint) as partial:
             torch.save(state, partial)
         on_epoch(line)
@@ -168,6 +179,7 @@ def _train_epoch(
     order: torch.Generator,
     optimizer: torch.optim.Optimizer,
     cycle: torch.optim.lr_scheduler.LRScheduler,
+    average: AveragedModel,
     loss: nn.Module,
 ) -> float:
     network.train()
@@ -182,6 +194,7 @@ def _train_epoch(
         value.backward()
         optimizer.step()
         cycle.step()
+        average.update_parameters(network)
         total += value.detach() * len(part)
     return float(total) / len(rows)
 
