@@ -46,7 +46,7 @@ KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
 SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
 SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
-TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py")
+TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py", "vision/optimizer.py")
 CODE = Path(__file__).parent
 
 

@@ -1,5 +1,8 @@
 """The training loop: exact resume, early stopping, weights and views against hand-made cases and scikit-learn."""
 
+import subprocess
+import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from sklearn.utils.class_weight import compute_class_weight
 from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, best_epoch, class_weights, fit, predict
 from pipeline_steps.vision.inputs import Features, Pixels
 from pipeline_steps.vision.networks import CustomCnn, Head
+from pipeline_steps.vision.optimizer import EagerAdamW
 
 SCHEDULE = Schedule(
     max_epochs=8,
@@ -172,3 +176,25 @@ def test_the_head_standardises_by_what_it_was_given() -> None:
     flat = values.reshape(-1, 5).numpy()
     np.testing.assert_allclose(network.mean, flat.mean(0), rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(network.std, flat.std(0, ddof=1), rtol=1e-4)
+
+
+def test_the_optimizer_takes_the_very_steps_of_torch() -> None:
+    trained = []
+    for optimizer_class in (torch.optim.AdamW, EagerAdamW):
+        network, values = head().eval(), features().values
+        optimizer = optimizer_class(network.parameters(), 0.01, weight_decay=0.1, fused=True)
+        for _ in range(20):
+            optimizer.zero_grad(set_to_none=True)
+            torch.nn.functional.cross_entropy(network(values[:, 0]), labels()).backward()
+            optimizer.step()
+        trained.append([parameter.detach() for parameter in network.parameters()])
+    assert all(torch.equal(theirs, ours) for theirs, ours in zip(*trained, strict=True))
+
+
+def test_training_does_not_import_the_compiler() -> None:
+    code = (
+        "import sys; from pathlib import Path; import test_engine as t;"
+        "t.run(t.head(), t.features(), Path(sys.argv[1]) / 'c.pt'); assert 'torch._dynamo' not in sys.modules"
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-c", code, folder], cwd=Path(__file__).parent, check=True)

@@ -15,6 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline_steps.files import atomic_path
 from pipeline_steps.vision.inputs import Inputs
+from pipeline_steps.vision.optimizer import EagerAdamW
 
 SCORE_BATCH = 512
 
@@ -86,9 +87,7 @@ def fit(
     """
     torch.manual_seed(schedule.seed)
     order = torch.Generator().manual_seed(schedule.seed)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True
-    )
+    optimizer = EagerAdamW(network.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
     # One cycle (Smith & Topin 2018): up over the first fifth, then down along a cosine. Small networks trained from
     # scratch on few images gain a lot from the warm-up (docs/decisions.md).
     steps = schedule.max_epochs * -(-len(train_rows) // schedule.batch_size)
