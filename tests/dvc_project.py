@@ -22,7 +22,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def root(template: Path, tmp_path: Path) -> Path:
+def project(template: Path, tmp_path: Path) -> Path:
     """A project with nothing in data/raw, as a DVC project of its own."""
     return Path(shutil.copytree(template, tmp_path / "project"))
 
@@ -52,10 +52,10 @@ def endless(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def snapshot(root: Path) -> Callable[[], dict[str, bytes | None]]:
+def snapshot(project: Path) -> Callable[[], dict[str, bytes | None]]:
     """Gives back everything in the project but git's and DVC's own records."""
     return lambda: {
-        path.relative_to(root).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in root.rglob("*")
-        if path.relative_to(root).parts[0] not in (".git", ".dvc")
+        path.relative_to(project).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in project.rglob("*")
+        if path.relative_to(project).parts[0] not in (".git", ".dvc")
     }

@@ -17,18 +17,18 @@ Snapshot = Callable[[], dict[str, bytes | None]]
 
 
 def test_a_folder_becomes_a_tracked_and_listed_batch(
-    root: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    before = (root / "params.yaml").read_text().splitlines()
-    data_add.add(str(clothes), "clothing", root=root)
-    raw = root / "data" / "raw"
+    before = (project / "params.yaml").read_text().splitlines()
+    data_add.add(str(clothes), "clothing", root=project)
+    raw = project / "data" / "raw"
     assert sorted(path.name for path in raw.iterdir()) == [".gitignore", "clothing", "clothing.dvc"]
     assert sorted(path.name for path in (raw / "clothing").iterdir()) == ["LICENSE", "images", "images.csv"]
     for path in clothes.rglob("*.*g"):
         assert (raw / "clothing" / path.relative_to(clothes)).read_bytes() == path.read_bytes()
-    status = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=root, capture_output=True, text=True)
+    status = subprocess.run([sys.executable, "-m", "dvc", "status"], cwd=project, capture_output=True, text=True)
     assert "up to date" in status.stdout
-    after = (root / "params.yaml").read_text().splitlines()
+    after = (project / "params.yaml").read_text().splitlines()
     changed = [(old, new) for old, new in zip(before, after, strict=True) if old != new]
     assert changed == [
         (
@@ -46,26 +46,26 @@ def test_a_folder_becomes_a_tracked_and_listed_batch(
 
     # The name is taken now, and stays taken where only the .dvc file came with git.
     with pytest.raises(PleatError, match="data/raw/clothing exists already, and a batch is never changed"):
-        data_add.add(str(clothes), "clothing", root=root)
+        data_add.add(str(clothes), "clothing", root=project)
     shutil.rmtree(raw / "clothing")
     with pytest.raises(PleatError, match=r"'clothing' exists already \(.*clothing\.dvc\); fetch it with `dvc pull`"):
-        data_add.add(str(clothes), "clothing", root=root)
+        data_add.add(str(clothes), "clothing", root=project)
 
 
 def test_a_zip_that_a_recipe_lists_already_in_a_format_that_the_pipeline_would_not_use(
-    root: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, clothes: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The set has both images.csv and class folders."""
-    text = (root / "params.yaml").read_text().replace("batches: [sample] ", "batches: [clothing] ")
-    (root / "params.yaml").write_text(text)
-    with zipfile.ZipFile(root.parent / "set.zip", "w") as archive:
+    text = (project / "params.yaml").read_text().replace("batches: [sample] ", "batches: [clothing] ")
+    (project / "params.yaml").write_text(text)
+    with zipfile.ZipFile(project.parent / "set.zip", "w") as archive:
         for path in clothes.rglob("*"):
             archive.write(path, path.relative_to(clothes.parent))
         archive.writestr("clothes/Hat/x.jpg", b"x")
         archive.writestr("clothes/Shirt/y.jpg", b"y")
-    data_add.add(str(root.parent / "set.zip"), "clothing", "class_folders", root)
-    assert (root / "params.yaml").read_text() == text
-    assert (root / "data" / "raw" / "clothing" / "Hat" / "x.jpg").is_file()
+    data_add.add(str(project.parent / "set.zip"), "clothing", "class_folders", project)
+    assert (project / "params.yaml").read_text() == text
+    assert (project / "data" / "raw" / "clothing" / "Hat" / "x.jpg").is_file()
     said = capsys.readouterr().out
     assert "3 labels (class_folders)" in said
     assert "the pipeline would read it as clothing_csv; set `ingest.format: class_folders`" in said
@@ -85,51 +85,51 @@ def test_a_zip_that_a_recipe_lists_already_in_a_format_that_the_pipeline_would_n
         ("new.dvc", "not ending in .dvc"),
     ],
 )
-def test_an_unusable_name(root: Path, clothes: Path, name: str, sentence: str, snapshot: Snapshot) -> None:
+def test_an_unusable_name(project: Path, clothes: Path, name: str, sentence: str, snapshot: Snapshot) -> None:
     before = snapshot()
     with pytest.raises(PleatError) as caught:
-        data_add.add(str(clothes), name, root=root)
+        data_add.add(str(clothes), name, root=project)
     assert sentence in str(caught.value)
     assert snapshot() == before
 
 
 def test_sources_that_are_no_data_set_leave_nothing(
-    root: Path, clothes: Path, tmp_path: Path, snapshot: Snapshot
+    project: Path, clothes: Path, tmp_path: Path, snapshot: Snapshot
 ) -> None:
     before = snapshot()
     (tmp_path / "nothing").mkdir()
     (tmp_path / "nothing" / ".hidden.jpg").touch()
     with pytest.raises(PleatError, match="nothing holds no data set that Pleat knows") as caught:
-        data_add.add(str(tmp_path / "nothing"), "new", root=root)
+        data_add.add(str(tmp_path / "nothing"), "new", root=project)
     assert ".adding" not in str(caught.value)
     with pytest.raises(PleatError, match="one of auto, clothing_csv, class_folders, but got 'coco'"):
-        data_add.add(str(clothes), "new", "coco", root)
+        data_add.add(str(clothes), "new", "coco", project)
     shutil.rmtree(clothes / "images")
     with pytest.raises(PleatError, match=r"has 5 rows of labels and 0 other images, but no image with a label"):
-        data_add.add(str(clothes), "new", root=root)
+        data_add.add(str(clothes), "new", root=project)
     (clothes / "images.csv").write_text("image,label\na,Hat\n")
     with pytest.raises(PleatError, match=r"clothes/images\.csv has no column `sender_id`"):
-        data_add.add(str(clothes), "new", root=root)
+        data_add.add(str(clothes), "new", root=project)
     assert snapshot() == before
     with pytest.raises(PleatError, match="'nowhere' does not exist; a source is"):
-        data_add.add("nowhere", "new", root=root)
-    (root / "params.yaml").unlink()
+        data_add.add("nowhere", "new", root=project)
+    (project / "params.yaml").unlink()
     with pytest.raises(PleatError, match="does not exist here; run pleat in the project's folder"):
-        data_add.add(str(clothes), "new", root=root)
+        data_add.add(str(clothes), "new", root=project)
 
 
-def test_a_folder_that_is_no_dvc_project(root: Path, clothes: Path) -> None:
-    shutil.rmtree(root / ".dvc")
+def test_a_folder_that_is_no_dvc_project(project: Path, clothes: Path) -> None:
+    shutil.rmtree(project / ".dvc")
     with pytest.raises(PleatError, match=r"is no DVC project \(it has no \.dvc folder\)"):
-        data_add.add(str(clothes), "new", root=root)
+        data_add.add(str(clothes), "new", root=project)
 
 
-def test_a_list_that_cannot_be_added_to_is_found_out_before_the_copy(root: Path, endless: Path) -> None:
-    text = (root / "params.yaml").read_text().replace("batches: [sample] ", "batches: *names ")
+def test_a_list_that_cannot_be_added_to_is_found_out_before_the_copy(project: Path, endless: Path) -> None:
+    text = (project / "params.yaml").read_text().replace("batches: [sample] ", "batches: *names ")
     text = text.replace("  drop: [Not sure, Other, Others, Skip] ", "  drop: &names [sample] ")
     blocks = text.split("\n\n")
     text = "\n\n".join([*blocks[1:3], blocks[0], *blocks[3:]])
-    (root / "params.yaml").write_text(text)
-    params.load(root / "params.yaml")
+    (project / "params.yaml").write_text(text)
+    params.load(project / "params.yaml")
     with pytest.raises(PleatError, match=r"write experiment\.batches as a plain list"):
-        data_add.add(str(endless), "new", root=root)
+        data_add.add(str(endless), "new", root=project)
