@@ -125,7 +125,7 @@ def mounted(project: Path) -> Iterator[Callable[[str], Path]]:
     def mount(options: str) -> Path:
         command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(raw)]
         if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
-            pytest.skip("file systems cannot be mounted here (that needs project)")
+            pytest.skip("file systems cannot be mounted here (that needs root)")
         done.append(raw)
         return raw
 
