@@ -34,7 +34,7 @@ demo: setup ## the whole pipeline on the embedded sample
 		'  schedule it in Airflow   not in this version: the DAG will be built from the same dvc.yaml'
 
 mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri $${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db} \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--host 127.0.0.1 --port 5000 --workers 1
 
 test: setup ## all tests
