@@ -4,6 +4,7 @@ Stages are imported only when they run, so that `--help` is quick.
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 
 from pipeline_steps import params
-from pipeline_steps.errors import PleatError
+from pipeline_steps.errors import FAILURE_FILE, PleatError
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say
 
@@ -20,18 +21,28 @@ EXIT_INTERRUPTED = 130
 
 def main() -> None:
     """Runs one sub-command; a user's error ends with one sentence on stderr and exit status 1."""
+    # OpenMP threads that wait spin for long by default, and starve whatever else runs; read when torch is loaded.
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     signal.signal(signal.SIGTERM, _interrupt)
     arguments = build_parser().parse_args()
     try:
         arguments.run(arguments)
     except PleatError as error:
         print(f"pleat: {error}", file=sys.stderr)
+        _leave_failure(error)
         sys.exit(1)
     except KeyboardInterrupt:
         print("pleat: interrupted; nothing half-written was kept. Run the same command to go on.", file=sys.stderr)
         sys.stdout.flush()
         # Worker threads may be inside a decoder; they hold nothing that must be finished.
         os._exit(EXIT_INTERRUPTED)
+
+
+def _leave_failure(error: PleatError) -> None:
+    """Tells the Airflow task above, of which DVC knows nothing, what went wrong and whether a retry can help."""
+    if FAILURE_FILE in os.environ:
+        failure = {"message": str(error), "temporary": error.temporary}
+        Path(os.environ[FAILURE_FILE]).write_text(json.dumps(failure), encoding="utf-8")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,6 +97,11 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
 
     text = "Print the leaderboard of the last run."
     commands.add_parser("leaderboard", help=text, description=text).set_defaults(run=_leaderboard)
+    text = "Start Airflow and MLflow for this project, on this machine only; Ctrl-C stops both."
+    airflow = commands.add_parser("airflow", help=text, description=text)
+    airflow.add_argument("--port", type=int, default=8080, help="of Airflow (default 8080)")
+    airflow.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow (default 5000)")
+    airflow.set_defaults(run=_airflow)
     text = "Log to MLflow what could not be logged while it was away."
     commands.add_parser("sync", help=text, description=text).set_defaults(run=_sync)
 
@@ -113,6 +129,12 @@ def _leaderboard(_: argparse.Namespace) -> None:
     from pipeline_steps import compare
 
     compare.show()
+
+
+def _airflow(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import standalone
+
+    standalone.run(Path(), arguments.port, arguments.mlflow_port)
 
 
 def _sync(_: argparse.Namespace) -> None:

@@ -64,11 +64,13 @@ def run(params: Params, model: str, root: Path = Path()) -> dict[str, Any]:
     folds = fold_table(predictions)
     numbers = folds["fold"].tolist()
     curves = read_curves(train, numbers)
-    folds["best_epoch"] = [int(read_json(train / f"fold_{fold}" / "metrics.json")["best_epoch"]) for fold in numbers]
+    trained = {fold: read_json(train / f"fold_{fold}" / "metrics.json") for fold in numbers}
+    folds["best_epoch"] = [int(trained[fold]["best_epoch"]) for fold in numbers]
     summary = summarize(predictions, folds)
 
     with atomic_folder(root / "reports" / "models" / model) as out:
         write_report(out, model, predictions, summary, folds, curves, mistakes(predictions, root))
+        write_json(out / "keys.json", {str(fold): about["key"] for fold, about in trained.items()})
     data = root / "data" / "evaluate" / model
     write_json(data / "metrics.json", summary)
     write_csv(data / "curves.csv", curves)

@@ -99,7 +99,8 @@ def _unwritable(path: Path, error: OSError) -> PleatError:
     reason = os.strerror(error.errno) if error.errno else str(error)
     return PleatError(
         f"Could not write {final}: {reason}. "
-        "Free some space or make the folder writable, then run the same command again; nothing was left behind."
+        "Free some space or make the folder writable, then run the same command again; nothing was left behind.",
+        temporary=True,
     )
 
 

@@ -4,6 +4,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -31,20 +32,20 @@ def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
     pack = root / "data" / "ingest" / batch / "images.arrow"
     if not pack.is_file():
         raise PleatError(f"{pack} is missing: the stage ingest has not run; run `dvc repro`.")
-    with pa.memory_map(str(pack)) as source, atomic_folder(root / "data" / "prepare" / model / batch) as out:
+    title, place = f"prepare {model} on {batch}", root / "data" / "prepare" / model / batch
+    with pa.memory_map(str(pack)) as source, atomic_folder(place) as out, ExitStack() as leased:
         table = pa.ipc.open_file(source).read_all()
         ids = table["sample_id"].to_pylist()
         images = ((row["bytes"], row["plain_jpeg"]) for row in _rows(table))
         if isinstance(settings, FrozenModel):
-            rows, about = _features(settings, images, root)
+            rows, about = _features(settings, images, root, title, leased)
         else:
             rows, about = _pixels(settings, images), {"kind": "pixels"}
-        title = f"prepare {model} on {batch}"
         shape = _write(out / "inputs.npy", track(rows, title, len(ids), "images"), len(ids))
         about |= {"shape": list(shape), "sha256": _sha256(out / "inputs.npy")}
         write_json(out / "sample_ids.json", ids)
         write_json(out / "inputs.json", about)
-    say(f"prepare {model} on {batch}: {about['kind']} of {len(ids):,} images, shape {shape}")
+    say(f"{title}: {about['kind']} of {len(ids):,} images, shape {shape}")
 
 
 def _rows(table: pa.Table) -> Iterator[dict]:
@@ -53,13 +54,15 @@ def _rows(table: pa.Table) -> Iterator[dict]:
 
 
 def _features(
-    settings: FrozenModel, images: Iterator[tuple[bytes, bool]], root: Path
+    settings: FrozenModel, images: Iterator[tuple[bytes, bool]], root: Path, purpose: str, leased: ExitStack
 ) -> tuple[Iterator[np.ndarray], dict]:
     from pipeline_steps.vision.backbones import extract, load_backbone
+    from pipeline_steps.vision.lease import lease
 
     weights = root / settings.weights if settings.weights else None
     backbone, preprocessing = load_backbone(settings.backbone, weights)
     about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
+    leased.enter_context(lease(purpose))  # until all rows are written; a leased GPU is torch's current device
     return extract(backbone, preprocessing, images), about
 
 

@@ -4,11 +4,8 @@ A run is found again by a key made of what went into it. So a fold that DVC took
 twice, and what could not be logged while a server was away is logged later by `pleat sync` from the stages' outputs.
 """
 
-import hashlib
-import json
 import math
 import os
-import subprocess
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,12 +17,12 @@ from urllib.parse import urlsplit
 import numpy as np
 import pandas as pd
 from filelock import FileLock
-from ruamel.yaml import YAML
 
 from pipeline_steps.files import read_json, read_parquet
 from pipeline_steps.metrics import headlines
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say
+from pipeline_steps.versions import airflow_run, code_version, data_version, digest, fold_key
 
 # A server that is away must not hold up training: MLflow's own defaults retry for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -46,8 +43,7 @@ KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
 SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
 SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
-TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py", "vision/optimizer.py")
-CODE = Path(__file__).parent
+RUN_TAG = "pleat.run."  # with the name of an Airflow run: that run used this result
 
 
 @contextmanager
@@ -80,15 +76,18 @@ class Tracker:
         uri = tracking_uri()
         if uri.startswith("http"):
             requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
-        (root / ".pleat").mkdir(exist_ok=True)
+        # The folder of a SQLite store, which the workspaces of Airflow's runs share; else the project's own.
+        home = Path(uri.removeprefix("sqlite:///")).absolute().parent if uri.startswith("sqlite:///") else root
+        (home / ".pleat").mkdir(exist_ok=True)
         # Processes that migrate one new database at the same time all fail, so the first to come does it alone.
-        with FileLock(root / ".pleat" / "mlflow.lock"):
+        with FileLock(home / ".pleat" / "mlflow.lock"):
             mlflow.set_tracking_uri(uri)
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(EXPERIMENT)
-            self.experiment = (
-                found.experiment_id if found else self.client.create_experiment(EXPERIMENT, tags=EXPERIMENT_TAGS)
-            )
+            if found is None:
+                artifacts = (home / "mlruns").as_uri() if home != root.absolute() else None
+                created = self.client.create_experiment(EXPERIMENT, artifacts, tags=EXPERIMENT_TAGS)
+            self.experiment = found.experiment_id if found else created
 
     def epochs(self, model: str, fold: int, history: list[dict[Any, Any]]) -> None:
         """Logs the epochs that a fold's run does not have yet, in one batch.
@@ -111,7 +110,9 @@ class Tracker:
         self.epochs(model, fold, pd.read_csv(folder / "history.csv").to_dict("records"))
         run = self._fold_run(model, fold)
         if run.info.status != "FINISHED":
-            values = {**read_json(folder / "metrics.json"), **scores_of(read_parquet(folder / "predictions.parquet"))}
+            about = read_json(folder / "metrics.json")
+            epochs = {name: about[name] for name in ("best_epoch", "epochs")}
+            values = {**epochs, **scores_of(read_parquet(folder / "predictions.parquet"))}
             self.client.log_batch(run.info.run_id, metrics=_metrics(values, step=0))
             self.client.set_terminated(run.info.run_id)
 
@@ -130,11 +131,10 @@ class Tracker:
 
     def pipeline(self) -> None:
         """Logs the leaderboard with its pages and every model's cost, and ties the models' runs to this run."""
-        runs = {model: self._model_run(model) for model in self.params.experiment.models}
+        run, runs = self._pipeline_run()
+        run_id = run.info.run_id
         leaderboard = pd.read_csv(self.root / "reports" / "leaderboard.csv").set_index("model")
         chosen = read_json(self.root / "data" / "compare" / "chosen.json")
-        key = _digest(*(run.data.tags[KEY_TAG] for run in runs.values()))
-        run_id = self._find_or_create(f"pipeline {self.params.experiment.recipe}", key, "pipeline").info.run_id
         self.client.set_tag(run_id, "pleat.chosen", chosen["model"])
         self.client.log_batch(run_id, metrics=_metrics({"f1_weighted": chosen["f1_weighted"]}, step=0))
         for model, run in runs.items():
@@ -147,41 +147,60 @@ class Tracker:
         self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
         self.client.set_terminated(run_id)
 
-    def sync(self) -> None:
-        """Logs whatever finished stages have left in this folder and MLflow does not have."""
+    def sync(self) -> str | None:
+        """Logs whatever finished stages have left in this folder and MLflow does not have.
+
+        Returns:
+            The id of the pipeline's run; None while the leaderboard is not finished.
+        """
         data, experiment = self.root / "data", self.params.experiment
         for model in experiment.models:
             for fold in experiment.folds:
                 if (data / "train" / model / f"fold_{fold}" / "metrics.json").exists():
                     self.fold(model, fold)
-            if (data / "evaluate" / model / "metrics.json").exists():
+            evaluated = (data / "evaluate" / model / "metrics.json").exists()
+            if evaluated and self._model_run(model).info.status != "FINISHED":
                 self.model(model)
-        if (data / "compare" / "chosen.json").exists():
+        if not (data / "compare" / "chosen.json").exists():
+            return None
+        run, _ = self._pipeline_run()
+        if run.info.status != "FINISHED":
             self.pipeline()
+        return str(run.info.run_id)
 
     def _fold_run(self, model: str, fold: int) -> Run:
         parent = self._model_run(model)
         name = f"{model} fold {fold}"
         return self._find_or_create(name, self._fold_key(model, fold), "fold", model, parent.info.run_id, fold=fold)
 
+    def _pipeline_run(self) -> tuple[Run, dict[str, Run]]:
+        """The run of the whole pipeline, and the models' runs that it is made of."""
+        runs = {model: self._model_run(model) for model in self.params.experiment.models}
+        key = digest(*(run.data.tags[KEY_TAG] for run in runs.values()))
+        return self._find_or_create(f"pipeline {self.params.experiment.recipe}", key, "pipeline"), runs
+
     def _model_run(self, model: str) -> Run:
-        key = _digest(*(self._fold_key(model, fold) for fold in self.params.experiment.folds))
+        key = digest(*(self._fold_key(model, fold) for fold in self.params.experiment.folds))
         return self._find_or_create(model, key, "model", model)
 
     def _fold_key(self, model: str, fold: int) -> str:
-        """Names everything that a fold's result depends on: settings, code, folds and prepared inputs."""
-        experiment, data = self.params.experiment, self.root / "data"
-        settings = (self.params.models[model].model_dump(), self.params.training[model].model_dump())
-        code = [(CODE / name).read_bytes() for name in TRAINING_CODE]
-        inputs = [(data / "prepare" / model / batch / "inputs.json").read_bytes() for batch in experiment.batches]
-        folds = (data / "split" / "folds.parquet").read_bytes()
-        return _digest(json.dumps([settings, model, experiment.seed, fold]), *code, *inputs, folds)
+        """The key that training wrote, which goes with the results to where the inputs are not; else made from them."""
+        trained = self.root / "data" / "train" / model / f"fold_{fold}" / "metrics.json"
+        if trained.exists():
+            return str(read_json(trained)["key"])
+        evaluated = self.root / "reports" / "models" / model / "keys.json"
+        if evaluated.exists():
+            return str(read_json(evaluated)[str(fold)])
+        return fold_key(self.params, model, fold, self.root)
 
     def _find_or_create(
         self, name: str, key: str, kind: str, model: str | None = None, parent: str | None = None, **params: Any
     ) -> Run:
         found = self._oldest(key)
+        used_by = airflow_run(self.root).get("name")
         if found is not None:
+            if used_by and RUN_TAG + used_by not in found.data.tags:
+                self.client.set_tag(found.info.run_id, RUN_TAG + used_by, "yes")
             return found
         tags = {
             KEY_TAG: key, "mlflow.runName": name, "pleat.kind": kind, "pleat.recipe": self.params.experiment.recipe,
@@ -190,6 +209,8 @@ class Tracker:
         }  # fmt: skip
         if parent:
             tags[PARENT_TAG] = parent
+        if used_by:
+            tags[RUN_TAG + used_by] = "yes"
         run: Run = self.client.create_run(self.experiment, tags=tags, run_name=name)
         self.client.log_batch(run.info.run_id, params=self._params(model, params))
         self._log_dataset(run.info.run_id)
@@ -233,29 +254,6 @@ def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
     return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
 
 
-def data_version(batches: list[str], root: Path = Path()) -> str:
-    """DVC's hash of each batch's raw folder, as dvc.lock (or the batch's .dvc file) records it."""
-    lock = _yaml(root / "dvc.lock").get("stages", {})
-    versions = []
-    for batch in batches:
-        deps = lock.get(f"ingest@{batch}", {}).get("deps", [])
-        outs = _yaml(root / "data" / "raw" / f"{batch}.dvc").get("outs", [])
-        found = [item["md5"] for item in (*deps, *outs) if item["path"] in (f"data/raw/{batch}", batch)]
-        versions.append(f"{batch}={found[0] if found else 'unversioned'}")
-    return ",".join(versions)
-
-
-def code_version(root: Path = Path()) -> str:
-    """The commit of the checkout, with `-dirty` where tracked files differ from it."""
-    git = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-    done = subprocess.run(git, capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "no git"
-
-
-def _yaml(path: Path) -> dict[str, Any]:
-    return dict(YAML(typ="safe").load(path)) if path.is_file() else {}
-
-
 def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
@@ -270,13 +268,6 @@ def _metrics(values: Mapping[str, float | None], step: int) -> list[Metric]:
         for key, value in values.items()
         if key != "epoch" and value is not None and not math.isnan(value)
     ]
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(hashlib.sha256(part.encode() if isinstance(part, str) else part).digest())
-    return digest.hexdigest()
 
 
 def _without_password(uri: str) -> str:

@@ -16,8 +16,10 @@ from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_c
 from pipeline_steps.metrics import headlines
 from pipeline_steps.params import CustomCnn, Model, Params, Training
 from pipeline_steps.progress import say
-from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, device, fit, predict
+from pipeline_steps.versions import fold_key
+from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
 from pipeline_steps.vision.inputs import Features, Inputs, Pixels
+from pipeline_steps.vision.lease import lease
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head
 
@@ -43,14 +45,11 @@ def run(
     seed = params.experiment.seed * 1000 + fold
     learn, inner, scored = divide(samples, fold, training.inner_fraction, seed)
 
-    target = device()
     torch.manual_seed(seed)
     network = build_network(settings, training, inputs, len(classes))
     if isinstance(network, Head):
         torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
-    inputs, codes = type(inputs)(inputs.values.to(target)), codes.to(target)
-    network = network.to(target).to(memory_format=torch.channels_last)
     checkpoint = root / CHECKPOINTS / model / f"fold_{fold}.pt"
     if checkpoint.exists():
         say(f"train {model} fold {fold}: a checkpoint of an interrupted run is here; going on from it if it fits")
@@ -62,15 +61,19 @@ def run(
         )
         on_epoch(epoch)
 
-    fitted = fit(
-        network, inputs, codes, learn.to(target), inner.to(target), _schedule(training, seed), checkpoint, version,
-        report,
-    )  # fmt: skip
-    network.load_state_dict(fitted.state)
-    probabilities = predict(network, inputs, scored.to(target), training.mirror).cpu().numpy()
-    _write(root, model, fold, samples.iloc[scored.numpy()], classes, probabilities, fitted)
+    with lease(f"train {model} fold {fold}") as device:
+        inputs, labels = type(inputs)(inputs.values.to(device)), codes.to(device)
+        network = network.to(device).to(memory_format=torch.channels_last)
+        fitted = fit(
+            network, inputs, labels, learn.to(device), inner.to(device), _schedule(training, seed), checkpoint, version,
+            report,
+        )  # fmt: skip
+        network.load_state_dict(fitted.state)
+        probabilities = predict(network, inputs, scored.to(device), training.mirror).cpu().numpy()
+        key = fold_key(params, model, fold, root)
+        _write(root, model, fold, samples.iloc[scored.numpy()], classes, probabilities, fitted, key)
     checkpoint.unlink(missing_ok=True)
-    scores = headlines(codes.cpu().numpy()[scored.numpy()], probabilities)
+    scores = headlines(codes.numpy()[scored.numpy()], probabilities)
     say(
         f"train {model} fold {fold}: weighted F1 {scores['f1_weighted']:.4f}, accuracy {scores['accuracy']:.4f} "
         f"on {len(scored):,} samples (epoch {fitted.best_epoch} of {len(fitted.history)})"
@@ -174,6 +177,7 @@ def _write(
     classes: list[str],
     probabilities: np.ndarray,
     fitted: Fitted,
+    key: str,
 ) -> None:
     columns = {f"p:{name}": probabilities[:, code] for code, name in enumerate(classes)}
     keys = scored[["sample_id", "fold", "label"]].reset_index(drop=True)
@@ -184,4 +188,5 @@ def _write(
         (out / "weights.safetensors").write_bytes(save(state, metadata))
         write_parquet(out / "predictions.parquet", pd.concat([keys, pd.DataFrame(columns)], axis=1))
         write_csv(out / "history.csv", pd.DataFrame([asdict(epoch) for epoch in fitted.history]))
-        write_json(out / "metrics.json", {"best_epoch": fitted.best_epoch, "epochs": len(fitted.history)})
+        about = {"best_epoch": fitted.best_epoch, "epochs": len(fitted.history), "key": key}
+        write_json(out / "metrics.json", about)

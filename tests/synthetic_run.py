@@ -86,7 +86,7 @@ def make_model(
         epochs = np.arange(1, 7)
         history = {"epoch": epochs, "train_loss": 2 / epochs, "inner_loss": 2 / epochs + 0.1 * epochs}
         pd.DataFrame(history | {"inner_f1_weighted": 1 - 0.7 / epochs}).to_csv(folder / "history.csv", index=False)
-        (folder / "metrics.json").write_text(json.dumps({"best_epoch": 5, "epochs": 6}))
+        (folder / "metrics.json").write_text(json.dumps({"best_epoch": 5, "epochs": 6, "key": f"key of fold {fold}"}))
     (root / "data" / "profile").mkdir(parents=True, exist_ok=True)
     profile = {"params": 1234, "macs": macs, "input_size": 64}
     (root / "data" / "profile" / f"{model}.json").write_text(json.dumps(profile))

@@ -55,11 +55,6 @@ class Fitted:
     best_epoch: int
 
 
-def device() -> torch.device:
-    """CUDA where there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def fit(
     network: nn.Module,
     inputs: Inputs,

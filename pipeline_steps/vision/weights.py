@@ -42,7 +42,8 @@ def check_weights(name: str, weights: Path | None) -> None:
         raise PleatError(
             f"The weights of {name} are not on this machine and timm's hub cannot be reached. Either connect to the "
             "network, or download them elsewhere and name the file: models.MODEL.weights: FILE.safetensors "
-            "(`pleat use RECIPE --set models.MODEL.weights=FILE.safetensors`)."
+            "(`pleat use RECIPE --set models.MODEL.weights=FILE.safetensors`).",
+            temporary=True,
         ) from error
 
 

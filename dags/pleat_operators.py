@@ -1,0 +1,119 @@
+"""Tasks that run a step of the pipeline in a child process of their own."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from airflow.sdk import BaseOperator, BaseOperatorLink, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class PageLink(BaseOperatorLink):
+    """A button on the task's page that opens what the step named under this title."""
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+
+    @property
+    def name(self) -> str:
+        """The button's text."""
+        return self.title
+
+    def get_link(self, operator: BaseOperator, *, ti_key: Any) -> str:  # noqa: ARG002
+        """The page, or nothing where the step named none."""
+        return getattr(operator, "links", {}).get(self.title, "")
+
+
+class StepOperator(BaseOperator):
+    """Runs `pipeline_steps.step` under a guard that ends the whole process tree with the task.
+
+    A step that failed for good (bad data, a wrong setting) fails the task at once; anything else is tried again.
+    """
+
+    process: subprocess.Popen[str] | None = None
+
+    def step(self, context: Context, order: dict[str, Any]) -> Any:
+        """Runs one step and passes its lines on to the task's log.
+
+        Raises:
+            AirflowFailException: trying again cannot help; the message is the step's own sentence.
+            AirflowException: the step died or failed for a reason that may pass.
+        """
+        ids = {"root": str(ROOT), "dag_id": self.dag_id, "run_id": context["run_id"]}
+        with tempfile.TemporaryDirectory(prefix="pleat-") as folder:
+            result = Path(folder) / "result.json"
+            for line in self._lines(result, json.dumps({**order, **ids})):
+                self.log.info("%s", line.rstrip())
+            status = self.process.wait()
+            outcome = json.loads(result.read_text()) if result.exists() else {}
+        if "done" in outcome:
+            self.links = outcome["done"].get("links", {})
+            return outcome["done"]
+        if outcome.get("retry", True):
+            raise AirflowException(outcome.get("failed", f"The step was ended (exit status {status})."))
+        raise AirflowFailException(outcome["failed"])
+
+    def on_kill(self) -> None:
+        """Called when the task is stopped from outside."""
+        if self.process is not None:
+            self.process.terminate()  # the guard ends everything below it
+
+    def _lines(self, result: Path, order: str) -> Iterator[str]:
+        # Neither must the step outlive Airflow's supervisor, this process's parent, which nobody else would notice.
+        guard = [sys.executable, "-m", "pipeline_steps.guard", "--while", str(os.getppid()), "--"]
+        self.process = subprocess.Popen(
+            [*guard, sys.executable, "-u", "-m", "pipeline_steps.step", str(result)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+        )  # fmt: skip
+        self.process.stdin.write(order)
+        self.process.stdin.close()
+        yield from self.process.stdout
+
+
+class SetupOperator(StepOperator):
+    """Makes the run's workspace and says what the run is."""
+
+    operator_extra_links = (PageLink("MLflow"),)
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Returns the run's description, which every later task gets."""
+        return self.step(context, {"do": "setup", "conf": dict(context["params"])})
+
+
+class StageOperator(StepOperator):
+    """Brings one stage of dvc.yaml up to date in the run's workspace.
+
+    Args:
+        described: what the task `setup` returned.
+        address: DVC's name of the stage and item.
+        title: the item in words, shown in the UI.
+        before: what the tasks of the stages before returned, lists of mapped tasks included.
+    """
+
+    template_fields = ("described", "address", "title", "before")
+
+    def __init__(self, *, described: Any, address: str, title: str, before: Any, **more: Any) -> None:
+        super().__init__(**more)
+        self.described, self.address, self.title, self.before = described, address, title, before
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Returns the stage's entry of dvc.lock, for the stages that come after."""
+        locks: dict[str, Any] = {}
+        for returned in self.before:
+            for one in [returned] if isinstance(returned, dict) else returned:
+                locks |= one["lock"]
+        done = self.step(context, {"do": "stage", "run": self.described, "address": self.address, "locks": locks})
+        return {"lock": {self.address: done["lock"]}}
+
+
+class LastStageOperator(StageOperator):
+    """The stage that nothing else builds on: its page leads to the results."""
+
+    operator_extra_links = (PageLink("Report"), PageLink("MLflow"))

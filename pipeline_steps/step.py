@@ -1,0 +1,236 @@
+"""`python -m pipeline_steps.step RESULT`: the child process of an Airflow task, told on stdin what to do.
+
+Airflow's own process imports none of what stages need, and a stage that dies takes nothing with it. What came of it is
+written to the file RESULT as JSON: `{"done": ...}`, or `{"failed": sentence, "retry": whether trying again can help}`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ruamel.yaml import YAML
+
+from pipeline_steps import definition, trigger_form, workspaces
+from pipeline_steps.errors import FAILURE_FILE, PleatError
+from pipeline_steps.guard import end_with_guard
+from pipeline_steps.progress import say
+from pipeline_steps.versions import RUN, code_version
+
+
+def main() -> None:
+    """Does what stdin says and writes the result."""
+    end_with_guard()
+    order = json.load(sys.stdin)
+    try:
+        result = {"done": {"setup": set_up, "stage": run_stage}[order.pop("do")](**order)}
+    except PleatError as error:
+        result = {"failed": str(error), "retry": error.temporary}
+    Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
+
+
+def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict[str, Any]:
+    """Makes the workspace of a new run and says what the run is.
+
+    Returns:
+        The run's description, from which any worker makes the same workspace: `name`, `params` (text), `code` and
+        `code_version`, `data_version`, `batches`, `links` to MLflow by title, and `items`: for each stage what its
+        instances are, with `address` and `title`.
+
+    Raises:
+        PleatError: a setting is wrong or a batch is missing.
+    """
+    project = Path(root)
+    text = trigger_form.document(project, conf)
+    params = YAML(typ="safe").load(text)
+    stages = definition.read(project, params)
+    run: dict[str, Any] = {
+        "name": workspaces.name_of(dag_id, run_id),
+        "params": text,
+        "code": workspaces.code_digest(project),
+        "batches": workspaces.raw_batches(project, params["experiment"]["batches"]),
+        "items": {
+            stage.name: [{"address": instance.address, "title": instance.title} for instance in stage.instances]
+            for stage in stages.values()
+        },
+    }
+    with workspaces.in_use(project, run) as workspace:
+        run["code_version"] = code_version(project)
+        run["data_version"] = _data_version(workspace, run["batches"])
+        run["links"] = _mlflow_page(run["name"])
+        _write_about(workspace, dag_id, run_id, run)
+    workspaces.remove_old(project, run["name"])
+    say(f"Run {run_id}\n  workspace     {workspace}\n  data version  {run['data_version']}")
+    say(f"  code version  {run['code_version']}")
+    for title, page in run["links"].items():
+        say(f"  {title:12}  {page}")
+    say("  params.yaml")
+    say("".join(f"    {line}\n" for line in text.splitlines()))
+    return run
+
+
+def run_stage(
+    root: str, dag_id: str, run_id: str, run: Mapping[str, Any], address: str, locks: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Brings one stage up to date in the run's workspace, with DVC; made on another worker, its inputs are fetched.
+
+    Args:
+        root: the project's folder on this worker.
+        dag_id: Airflow's name of the DAG.
+        run_id: Airflow's name of the run.
+        run: what `set_up` returned.
+        address: DVC's name of the stage, such as `train@cnn_small-0`.
+        locks: the entries of dvc.lock of the stages that come before, by address.
+
+    Returns:
+        `lock`, the stage's own entry of dvc.lock, and `links` to MLflow by title.
+
+    Raises:
+        PleatError: the stage failed.
+    """
+    with workspaces.in_use(Path(root), run) as workspace:
+        if not (workspace / RUN).is_file():  # made on this worker just now
+            _write_about(workspace, dag_id, run_id, run)
+            workspaces.remove_old(Path(root), run["name"])
+        os.chdir(workspace)
+        os.environ["PYTHONPATH"] = str(workspace)  # the stage runs the code that the run began with
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path(root).absolute() / 'mlflow.db'}")
+        say(f"{address} in {workspace}")
+        stages = definition.read(workspace, YAML(typ="safe").load(run["params"]))
+        _bring_up_to_date(workspace, stages, address, locks)
+        name = address.partition("@")[0]
+        last = all(source != name for source, _ in definition.edges(stages))
+        return {"lock": _lock(workspace)[address], "links": _log_the_rest(workspace, run) if last else {}}
+
+
+def _bring_up_to_date(
+    workspace: Path, stages: Mapping[str, definition.Stage], address: str, locks: Mapping[str, Any]
+) -> None:
+    _add_locks(workspace, locks)
+    before = _inputs(workspace, stages, address)
+    remote = os.environ.get("PLEAT_STAGE_REMOTE")
+    if before:
+        fetch = ["pull", "--remote", remote] if remote else ["checkout"]
+        _dvc(*fetch, "--force", *before)
+    _repro(address, ["--pull"] if remote else [])
+    if remote:
+        _dvc("push", "--remote", remote, "--run-cache", address)
+
+
+def _write_about(workspace: Path, dag_id: str, run_id: str, run: Mapping[str, Any]) -> None:
+    about = {key: run[key] for key in ("name", "code_version", "data_version")}
+    workspaces.write_about(workspace, {**about, "dag_id": dag_id, "run_id": run_id})
+
+
+def _repro(address: str, options: list[str]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        failure = Path(folder) / "failure.json"
+        os.environ[FAILURE_FILE] = str(failure)
+        status = _status("repro", *options, "--single-item", address)
+        if status and failure.exists():  # the stage's own words
+            told = json.loads(failure.read_text(encoding="utf-8"))
+            raise PleatError(told["message"], temporary=told["temporary"])
+    if status:
+        raise PleatError(f"The stage {address} ended before it was done; the lines above say how.", temporary=True)
+
+
+def _dvc(*arguments: str) -> None:
+    if _status(*arguments):
+        raise PleatError(f"`dvc {' '.join(arguments)}` failed; the lines above say why.", temporary=True)
+
+
+def _status(*arguments: str) -> int:
+    from dvc.cli import main as dvc
+
+    sys.stdout.flush()
+    return int(dvc(["--wait-for-lock", *arguments]))
+
+
+def _inputs(workspace: Path, stages: Mapping[str, definition.Stage], address: str) -> list[str]:
+    """What DVC can put in place of the stage's inputs: the outputs of the stages before, and tracked batches."""
+    deps = next(
+        instance.deps for stage in stages.values() for instance in stage.instances if instance.address == address
+    )
+    tracked = [f"{dep}.dvc" for dep in deps if dep.startswith(workspaces.RAW)]
+    return definition.predecessors(stages, address) + [name for name in tracked if (workspace / name).is_file()]
+
+
+def _lock(workspace: Path) -> dict[str, Any]:
+    path = workspace / "dvc.lock"
+    return dict(YAML(typ="safe").load(path)["stages"]) if path.is_file() else {}
+
+
+def _add_locks(workspace: Path, locks: Mapping[str, Any]) -> None:
+    """Puts the entries of other workers' stages into dvc.lock."""
+    if all(_lock(workspace).get(address) == entry for address, entry in locks.items()):
+        return
+    from dvc.repo import Repo
+
+    with Repo(str(workspace), _wait_for_lock=True) as repo, repo.lock:
+        document = {"schema": "2.0", "stages": _lock(workspace) | dict(locks)}
+        partial = workspace / f".partial-{os.getpid()}-dvc.lock"
+        YAML(typ="safe").dump(document, partial)
+        partial.replace(workspace / "dvc.lock")
+
+
+def _data_version(workspace: Path, batches: Mapping[str, str | None]) -> str:
+    """DVC's hash of each batch, as `versions.data_version` gives it once the batches are ingested."""
+    from dvc.repo import Repo
+
+    with Repo(str(workspace), _wait_for_lock=True) as repo, repo.lock:
+        deps = {dep.def_path: dep for stage in repo.index.stages for dep in stage.deps}
+        found = []
+        for batch, tracked in batches.items():
+            if tracked is None:
+                value = deps[workspaces.RAW + batch].get_hash().value
+            else:
+                value = YAML(typ="safe").load(tracked)["outs"][0]["md5"]
+            found.append(f"{batch}={value}")
+    return ",".join(found)
+
+
+def _log_the_rest(workspace: Path, run: Mapping[str, Any]) -> dict[str, str]:
+    """Ties what this run used to it in MLflow, logs what MLflow missed, and gives the addresses to look at."""
+    from pipeline_steps import params
+    from pipeline_steps.tracking import Tracker, tolerant
+
+    address = _mlflow_address()
+    with tolerant():
+        tracker = Tracker(params.check(YAML(typ="safe").load(run["params"]), "params.yaml"), workspace)
+        run_id = tracker.sync()
+        if address and run_id:
+            page = f"{address}/#/experiments/{tracker.experiment}/runs/{run_id}"
+            return {"MLflow": page, "Report": f"{page}/artifacts/report/index.html"}
+    return {}
+
+
+def _mlflow_page(name: str) -> dict[str, str]:
+    """The page of MLflow that lists what a run used, as far as MLflow can be asked now."""
+    import requests
+
+    address = _mlflow_address()
+    if address is None:
+        return {}
+    uri, ask = os.environ["MLFLOW_TRACKING_URI"].rstrip("/"), "api/2.0/mlflow/experiments/get-by-name"
+    try:
+        answer = requests.get(f"{uri}/{ask}", params={"experiment_name": "pleat"}, timeout=5)
+        experiment = answer.json()["experiment"]["experiment_id"]
+    except (requests.RequestException, KeyError):  # away, or nothing was ever logged
+        return {"MLflow": address}
+    used = quote(f"tags.`pleat.run.{name}` = 'yes'")
+    return {"MLflow": f"{address}/#/experiments/{experiment}?searchFilter={used}"}
+
+
+def _mlflow_address() -> str | None:
+    """MLflow's address as a browser sees it: PLEAT_MLFLOW_UI, or the tracking server."""
+    address = os.environ.get("PLEAT_MLFLOW_UI") or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return address.rstrip("/") if address.startswith("http") else None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""Airflow's trigger form, made from params.yaml, the recipes and the batches, and the params.yaml that a form asks for.
+
+Airflow checks each field by its JSON schema. The fields are made so that whatever passes gives a valid params.yaml: no
+value is right or wrong by what stands in another field.
+"""
+
+import difflib
+import math
+import re
+import reprlib
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import RoundTripRepresenter
+
+from pipeline_steps import params
+from pipeline_steps.errors import PleatError
+from pipeline_steps.params import CustomCnn, Params
+
+OWN = "params.yaml"  # stands in the field `recipe` for the checkout's own settings
+FORM = "Trigger form"
+FEWEST_FOLDS, MOST_FOLDS = 2, 100
+LARGEST_INTEGER = 2**53 - 1  # the browser sends a larger one rounded
+# Python reads NaN and Infinity in JSON, and NaN passes every `minimum`, but nothing that is forbidden to be compared.
+FINITE = {"not": {"exclusiveMinimum": sys.float_info.max}}
+# Text that no reader of YAML 1.1 or 1.2 takes for anything else; all other text is quoted.
+PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[a-z_][\w./-]*(?: [\w./-]+)*", re.ASCII | re.IGNORECASE)
+
+Key = tuple[str, ...]
+
+
+def fields(root: Path) -> dict[str, dict[str, Any]]:
+    """The form's fields, each as the arguments of `airflow.sdk.Param`: default, texts and JSON schema.
+
+    Args:
+        root: the project's folder.
+
+    Raises:
+        PleatError: params.yaml or a recipe is wrong, or params.yaml lists a batch that is not in data/raw.
+    """
+    return _form(root, _recipes(root))
+
+
+def document(root: Path, conf: Mapping[str, Any]) -> str:
+    """The text of the params.yaml that a run with this configuration uses.
+
+    The same project and configuration give the same text. A field that is absent has its default.
+
+    Args:
+        root: the project's folder.
+        conf: values by the names of `fields`.
+
+    Raises:
+        PleatError: as `fields`, or `conf` names an unknown field or holds a value that a field does not take.
+    """
+    recipes = _recipes(root)
+    form = _form(root, recipes)
+    chosen = {name: field["default"] for name, field in form.items()} | dict(conf)
+    for name in chosen:
+        _expect(name in form, f"there is no field {reprlib.repr(name)}; the fields are {', '.join(form)}")
+    recipe, batches, folds, epochs = (chosen[name] for name in ("recipe", "batches", "folds", "epochs"))
+    names = [] if chosen["models"] is None else chosen["models"]
+    overrides = {} if chosen["overrides"] is None else chosen["overrides"]
+    _expect_known("recipe", [recipe], form["recipe"]["enum"])
+    _expect_known("promote", [chosen["promote"]], form["promote"]["enum"])
+    _expect_known("models", names, form["models"]["examples"])
+    _expect_known("batches", batches, form["batches"]["examples"])
+
+    settings = _read(root, recipe)
+    experiment, training = settings["experiment"], settings["training"]
+    experiment["batches"] = batches
+    for name in names:
+        if not _defines(recipes[recipe], name):
+            donor = _read(root, next(other for other in recipes if _defines(recipes[other], name)))
+            settings["models"][name], training[name] = donor["models"][name], donor["training"][name]
+    experiment["models"] = names or experiment["models"]
+    if folds is not None:
+        experiment["folds"] = _whole_number("folds", folds, form["folds"])
+    if epochs is not None:
+        for name in experiment["models"]:
+            training[name]["max_epochs"] = _whole_number("epochs", epochs, form["epochs"])
+    _override(settings, overrides, _keys(recipes))
+    experiment["folds"] = params.check(settings, FORM).experiment.folds  # a number of folds became their list
+    return _text(settings)
+
+
+def _recipes(root: Path) -> dict[str, Params]:
+    """The checkout's own settings and every recipe, checked."""
+    names = sorted(path.stem for path in (root / "recipes").glob("*.yaml"))
+    return {name: params.load(_path(root, name)) for name in (OWN, *names)}
+
+
+def _path(root: Path, recipe: str) -> Path:
+    return root / OWN if recipe == OWN else root / "recipes" / f"{recipe}.yaml"
+
+
+def _read(root: Path, recipe: str) -> Any:
+    """A recipe as it stands in its file, keys in their order and nothing shared between two places."""
+    return _unshared(YAML(typ="safe").load(_path(root, recipe).read_text(encoding="utf-8")))
+
+
+def _defines(recipe: Params, model: str) -> bool:
+    return model in recipe.models and model in recipe.training
+
+
+def _models(recipes: Mapping[str, Params]) -> list[str]:
+    """Every model that some recipe defines completely, in the order in which they are met."""
+    return list(dict.fromkeys(name for each in recipes.values() for name in each.models if _defines(each, name)))
+
+
+def _batches(root: Path) -> list[str]:
+    """The batches in data/raw: folders, and those of which only the .dvc file is there."""
+    raw = root / "data" / "raw"
+    there = {path.name for path in raw.glob("*") if path.is_dir()} | {path.stem for path in raw.glob("*.dvc")}
+    return sorted(filter(_is_name, there))
+
+
+def _is_name(name: str) -> bool:
+    try:
+        TypeAdapter(params.Name).validate_python(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]]:
+    own, models, batches = recipes[OWN].experiment, _models(recipes), _batches(root)
+    for batch in own.batches:
+        if batch not in batches:
+            raise PleatError(
+                f"{root / OWN} lists the batch '{batch}', but {root / 'data' / 'raw'} holds neither a folder {batch} "
+                f"nor {batch}.dvc; bring it with `pleat data add SOURCE --name {batch}`, or take it off the list."
+            )
+    keys = _keys(recipes)
+    epochs = keys["training", models[0], "max_epochs"]
+    return {
+        "recipe": {
+            "default": OWN,
+            "title": "Recipe",
+            "description": "Settings to start from: the project's own params.yaml, or a file of recipes/.",
+            "type": "string",
+            "enum": list(recipes),
+            "values_display": {OWN: f"{OWN} (the project's own, from recipe {own.recipe})"},
+        },
+        "models": {
+            "default": [],
+            "title": "Models",
+            "description": "Which models are trained and compared; none chosen: those of the recipe. A model that the "
+            "recipe does not define is taken from params.yaml or from the first recipe that does.",
+            "type": ["array", "null"],  # the form sends null when all are taken away
+            "items": {"type": "string", "enum": models},
+            "uniqueItems": True,
+            "examples": models,
+        },
+        "folds": {
+            "default": None,
+            "title": "Folds",
+            "description": "Number of folds of the cross-validation; empty: as in the recipe.",
+            "type": ["integer", "null"],
+            "minimum": FEWEST_FOLDS,
+            "maximum": MOST_FOLDS,
+        },
+        "epochs": {
+            "default": None,
+            "title": "Epochs",
+            "description": "At most so many epochs for every model of the run; empty: as in the recipe.",
+            **epochs,
+            "type": ["integer", "null"],
+        },
+        "batches": {
+            "default": list(own.batches),
+            "title": "Data batches",
+            "description": "Which batches of data/raw the run uses. Data belongs to the project, not to a recipe: the "
+            "default is what params.yaml lists, whichever recipe is chosen.",
+            "type": "array",
+            "items": {"type": "string", "enum": batches},
+            "minItems": 1,
+            "uniqueItems": True,
+            "examples": batches,
+        },
+        "promote": {
+            "default": "dry_run",
+            "title": "Promotion",
+            "description": "This version has no registry: the best model is reported, nothing is promoted.",
+            "type": "string",
+            "enum": ["dry_run"],
+        },
+        "overrides": {
+            "default": {},
+            "title": "Single settings",
+            "description_md": _help(keys),
+            "type": ["object", "null"],  # null: the editor was emptied
+            "properties": {".".join(key): schema for key, schema in keys.items()},
+            "additionalProperties": False,
+        },
+    }
+
+
+def _help(keys: Iterable[Key]) -> str:
+    """What may stand in `overrides`; what all of several models have is told once."""
+    models_with: dict[str, list[str]] = {}
+    for block, *below in keys:
+        models = [below[0]] if block in ("models", "training") else []
+        pattern = ".".join((block, "MODEL", *below[1:]) if models else (block, *below))
+        models_with.setdefault(pattern, []).extend(models)
+    patterns_of: dict[str, list[str]] = {}
+    for pattern, models in models_with.items():
+        patterns_of.setdefault(", ".join(models), []).append(f"`{pattern}`")
+    listing = [
+        f"- {', '.join(patterns)}{f'; MODEL is one of {models}' if models else ''}"
+        for models, patterns in patterns_of.items()
+    ]
+    example = '`{"experiment.seed": 3, "split.holdout.fraction": 0.2}`'
+    return "\n".join(
+        [
+            f"Settings of params.yaml by dotted key, such as {example}. They win over the fields above; "
+            "those of models that are not part of the run do nothing. The keys:",
+            "",
+            *listing,
+        ]
+    )
+
+
+def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
+    """Every key that may be overridden, with the JSON schema of its values."""
+    keys = dict(_leaves(Params.model_json_schema()))
+    for name in _models(recipes):
+        definitions = [each.models[name] for each in recipes.values() if name in each.models]
+        # Where recipes mean different kinds of model by one name, only what all kinds share can be changed.
+        first, *others = (dict(_leaves(type(each).model_json_schema())) for each in definitions)
+        shared = {key: schema for key, schema in first.items() if all(other.get(key) == schema for other in others)}
+        if size := shared.get(("input_size",)):
+            pooled = [
+                math.prod(block.pool for block in each.blocks) for each in definitions if isinstance(each, CustomCnn)
+            ]
+            size["minimum"] = max(size["minimum"], *pooled)
+        keys |= {("models", name, *key): schema for key, schema in shared.items()}
+        keys |= {("training", name, *key): schema for key, schema in _leaves(params.Training.model_json_schema())}
+    return keys
+
+
+def _leaves(schema: Mapping[str, Any], above: Key = ()) -> Iterator[tuple[Key, dict[str, Any]]]:
+    """Yields the keys of a block whose values can be judged by themselves.
+
+    Free text (a path, a timm name, the holdout's salt) is none of them, because nothing can be said about it here; nor
+    are lists and blocks, on which other keys depend.
+    """
+    definitions = schema.get("$defs", {})
+    for name, below in schema["properties"].items():
+        block = definitions.get(below.get("$ref", "").rpartition("/")[2], below)
+        if "properties" in block:
+            yield from _leaves({"$defs": definitions, **block}, (*above, name))
+        elif judged := _scalar(block):
+            yield (*above, name), judged
+
+
+def _scalar(schema: dict[str, Any]) -> dict[str, Any] | None:
+    """What JSON schema says of one value; None where that is not enough to tell right from wrong."""
+    known = [_choices(branch) for branch in schema.get("anyOf", [schema])]
+    if all(known):
+        choices = [choice for branch in known for choice in branch]
+        return {"enum": choices} if len(choices) > 1 else None
+    bare = {keyword: value for keyword, value in schema.items() if keyword != "title"}
+    return {
+        "boolean": bare,
+        "integer": {"maximum": LARGEST_INTEGER} | bare,
+        "number": bare | FINITE,
+    }.get(schema.get("type", ""))
+
+
+def _choices(schema: Mapping[str, Any]) -> list[Any]:
+    if schema.get("type") == "null":
+        return [None]
+    return [schema["const"]] if "const" in schema else schema.get("enum", [])
+
+
+def _override(settings: Any, overrides: Any, keys: Mapping[Key, Any]) -> None:
+    _expect(
+        isinstance(overrides, Mapping), f"`overrides` must be keys with their values, but got {reprlib.repr(overrides)}"
+    )
+    by_name = {".".join(key): key for key in keys}
+    for name, value in overrides.items():
+        if name not in by_name:
+            near = difflib.get_close_matches(name, by_name, n=1)
+            hint = f"the nearest is `{near[0]}`" if near else f"it can change {', '.join(by_name)}"
+            raise PleatError(f"{FORM}: `overrides` cannot change {name!r}; {hint}.")
+        *above, last = by_name[name]
+        block = settings
+        for part in above:
+            block = block.get(part, {})  # empty for a model that this run does not know
+        block[last] = _whole(value) if keys[by_name[name]].get("type") == "integer" else value
+
+
+def _whole(value: Any) -> Any:
+    """JSON knows no difference between 3.0 and 3; params.yaml does."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _whole_number(field: str, value: Any, schema: Mapping[str, Any]) -> int:
+    least, most, number = schema["minimum"], schema["maximum"], _whole(value)
+    fine = type(number) is int and least <= number <= most
+    _expect(fine, f"`{field}` must be a whole number from {least} to {most}, but got {reprlib.repr(value)}")
+    return int(number)
+
+
+def _expect_known(field: str, values: Any, known: list[str]) -> None:
+    _expect(isinstance(values, list), f"`{field}` must be a list, but got {reprlib.repr(values)}")
+    for value in values:
+        _expect(value in known, f"`{field}` names {reprlib.repr(value)}; there are {', '.join(known)}")
+
+
+def _expect(fine: bool, sentence: str) -> None:
+    if not fine:
+        raise PleatError(f"{FORM}: {sentence}.")
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which aliases have become copies, and lists go on one line when written."""
+    if isinstance(value, dict):
+        return CommentedMap((key, _unshared(below)) for key, below in value.items())
+    if isinstance(value, list):
+        copy = CommentedSeq(_unshared(below) for below in value)
+        copy.fa.set_flow_style()
+        return copy
+    return value
+
+
+class _Representer(RoundTripRepresenter):
+    """Writes scalars so that readers of YAML 1.1 and of YAML 1.2 agree on them."""
+
+    def represent_float(self, data: float) -> ScalarNode:
+        text = repr(data)
+        return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
+
+    def represent_str(self, data: str) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if PLAIN.fullmatch(data) else '"')
+
+    def represent_none(self, _: None) -> ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:null", "null")
+
+
+_Representer.add_representer(float, _Representer.represent_float)
+_Representer.add_representer(str, _Representer.represent_str)
+_Representer.add_representer(type(None), _Representer.represent_none)
+
+
+def _text(settings: Any) -> str:
+    yaml = YAML()
+    yaml.Representer = _Representer
+    yaml.width = 2**20
+    out = StringIO()
+    yaml.dump(_unshared(settings), out)
+    return out.getvalue()
