@@ -7,7 +7,7 @@ export PATH := $(BIN):$(PATH)
 COMPILE := pip compile --quiet --universal --generate-hashes --python-version 3.11 --no-header --no-annotate
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo mlflow test lint lock lock-check clean
+.PHONY: help setup demo airflow mlflow test lint lock lock-check clean
 
 help: ## list these targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -31,11 +31,14 @@ demo: setup ## the whole pipeline on the embedded sample
 	@printf '%s\n' '' 'The report is reports/index.html. What you may want next, after `. .venv/bin/activate`:' \
 		'  compare runs in MLflow   make mlflow' \
 		'  train on your own data   pleat data add FOLDER --name NAME && pleat use sample --set experiment.batches=[NAME] && dvc repro' \
-		'  schedule it in Airflow   not in this version: the DAG will be built from the same dvc.yaml'
+		'  run it from Airflow      make airflow'
+
+airflow: setup ## Airflow on http://127.0.0.1:8080 and MLflow on http://127.0.0.1:5000
+	pleat airflow
 
 mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
-		--host 127.0.0.1 --port 5000 --workers 1
+		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
 test: setup ## all tests
 	pytest

@@ -43,7 +43,7 @@ with DAG(
     params={name: Param(**field) for name, field in trigger_form.fields(ROOT).items()},
     default_args={
         "owner": "pleat",
-        "retries": 5,  # for what may pass: a killed process, a full disk, a remote that is away
+        "retries": 4,  # for what may pass: a killed process, a full disk, a remote that is away
         "retry_delay": timedelta(seconds=5),
         "retry_exponential_backoff": 2.0,
         "max_retry_delay": timedelta(minutes=5),

@@ -19,7 +19,7 @@ import psutil
 
 GUARD = "PLEAT_GUARD"  # the guard's process id, for the commands below it
 GRACE_S = 3.0  # between SIGTERM and SIGKILL
-POLL_S = 0.2
+POLL_S = 0.05
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -42,8 +42,11 @@ def main() -> None:
     child = subprocess.Popen(command, env=environment, start_new_session=True)
     status = None
     while status is None and not stop and os.getppid() == parent and _alive(needed):
-        with suppress(subprocess.TimeoutExpired):
-            status = child.wait(POLL_S)
+        pid, ended = os.waitpid(-1, os.WNOHANG)  # orphans are collected too
+        if pid == child.pid:
+            status = os.waitstatus_to_exitcode(ended)
+        elif pid == 0:
+            time.sleep(POLL_S)
     _end_tree()
     if status is None:
         status = -(stop[0] if stop else signal.SIGTERM)
@@ -68,11 +71,11 @@ def _end_tree() -> None:
     _signal_all(signal.SIGTERM)
     deadline = time.monotonic() + GRACE_S
     while _left() and time.monotonic() < deadline:
-        time.sleep(POLL_S / 10)
+        time.sleep(POLL_S)
     # A process can start another one between the look and the signal, so look until none is left.
     while _left():
         _signal_all(signal.SIGKILL)
-        time.sleep(POLL_S / 10)
+        time.sleep(POLL_S)
 
 
 def _left() -> list[psutil.Process]:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -26,8 +26,10 @@ def main() -> None:
     """Does what stdin says and writes the result."""
     end_with_guard()
     order = json.load(sys.stdin)
+    steps: dict[str, Callable[..., dict[str, Any]]] = {"setup": set_up, "stage": run_stage}
+    result: dict[str, Any]
     try:
-        result = {"done": {"setup": set_up, "stage": run_stage}[order.pop("do")](**order)}
+        result = {"done": steps[order.pop("do")](**order)}
     except PleatError as error:
         result = {"failed": str(error), "retry": error.temporary}
     Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")

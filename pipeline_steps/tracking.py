@@ -76,8 +76,9 @@ class Tracker:
         uri = tracking_uri()
         if uri.startswith("http"):
             requests.get(f"{uri.rstrip('/')}/health", timeout=5).raise_for_status()
-        # The folder of a SQLite store, which the workspaces of Airflow's runs share; else the project's own.
-        home = Path(uri.removeprefix("sqlite:///")).absolute().parent if uri.startswith("sqlite:///") else root
+        # A SQLite store may be shared: the workspaces of Airflow's runs use the project's.
+        shared = uri.startswith("sqlite:///") and Path(uri.removeprefix("sqlite:///")).is_absolute()
+        home = Path(uri.removeprefix("sqlite:///")).parent if shared else root
         (home / ".pleat").mkdir(exist_ok=True)
         # Processes that migrate one new database at the same time all fail, so the first to come does it alone.
         with FileLock(home / ".pleat" / "mlflow.lock"):
@@ -85,7 +86,7 @@ class Tracker:
             self.client = MlflowClient(uri)
             found = self.client.get_experiment_by_name(EXPERIMENT)
             if found is None:
-                artifacts = (home / "mlruns").as_uri() if home != root.absolute() else None
+                artifacts = (home / "mlruns").as_uri() if shared else None
                 created = self.client.create_experiment(EXPERIMENT, artifacts, tags=EXPERIMENT_TAGS)
             self.experiment = found.experiment_id if found else created
 

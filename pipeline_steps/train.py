@@ -51,8 +51,6 @@ def run(
         torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
     checkpoint = root / CHECKPOINTS / model / f"fold_{fold}.pt"
-    if checkpoint.exists():
-        say(f"train {model} fold {fold}: a checkpoint of an interrupted run is here; going on from it if it fits")
 
     def report(epoch: Epoch) -> None:
         say(
@@ -61,12 +59,17 @@ def run(
         )
         on_epoch(epoch)
 
+    def go_on(epochs: list[Epoch]) -> None:
+        say(f"train {model} fold {fold}: going on after epoch {len(epochs)} of the interrupted run")
+        for epoch in epochs:
+            on_epoch(epoch)
+
     with lease(f"train {model} fold {fold}") as device:
         inputs, labels = type(inputs)(inputs.values.to(device)), codes.to(device)
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
             network, inputs, labels, learn.to(device), inner.to(device), _schedule(training, seed), checkpoint, version,
-            report,
+            report, go_on,
         )  # fmt: skip
         network.load_state_dict(fitted.state)
         probabilities = predict(network, inputs, scored.to(device), training.mirror).cpu().numpy()

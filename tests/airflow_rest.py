@@ -14,9 +14,10 @@ class Airflow:
 
     def __init__(self, address: str, user: str, password: str) -> None:
         self.address = address
-        answer = requests.post(f"{address}/auth/token", json={"username": user, "password": password}, timeout=30)
-        answer.raise_for_status()
         self.session = requests.Session()
+        self.session.trust_env = False  # no proxy
+        answer = self.session.post(f"{address}/auth/token", json={"username": user, "password": password}, timeout=30)
+        answer.raise_for_status()
         self.session.headers["Authorization"] = f"Bearer {answer.json()['access_token']}"
 
     def ask(self, method: str, path: str, **more: Any) -> requests.Response:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +18,9 @@ from ruamel.yaml import YAML
 
 from pipeline_steps import params
 from pipeline_steps.params import Params
+
+if TYPE_CHECKING:
+    from airflow_served import Served
 
 REPOSITORY = Path(__file__).parent.parent
 TEST_DATA = Path(os.environ.get("PLEAT_TEST_DATA", "../shared"))
@@ -120,6 +123,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(autouse=True, scope="session")
+def leases(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tests must not wait for somebody's real training."""
+    os.environ["PLEAT_LEASES"] = str(tmp_path_factory.mktemp("leases"))
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     """An empty workspace with the repository's expectations."""
@@ -182,3 +191,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = check(folder, "dvc", "repro", HF_HUB_OFFLINE="1")
     (folder / "first_output.txt").write_text(output)
     return folder
+
+
+@pytest.fixture(scope="session")
+def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Served]":
+    """Airflow and MLflow as `make airflow` starts them, in a project with quick settings."""
+    from airflow_served import served_in
+
+    with served_in(tmp_path_factory.mktemp("served")) as running:
+        yield running

@@ -58,8 +58,11 @@ def cnn() -> CustomCnn:
     return CustomCnn([(4, 3, 2), (8, 3, 2)], 3, hidden=0, dropout=0.2)
 
 
-def run(network, inputs, checkpoint: Path, on_epoch=lambda _: None, schedule=SCHEDULE, version="v1") -> Fitted:
-    return fit(network, inputs, labels(), TRAIN, INNER, schedule, checkpoint, version, on_epoch)
+def run(
+    network, inputs, checkpoint: Path, on_epoch=lambda _: None, schedule=SCHEDULE, version="v1", on_resume=None
+) -> Fitted:
+    more = {"on_resume": on_resume} if on_resume else {}
+    return fit(network, inputs, labels(), TRAIN, INNER, schedule, checkpoint, version, on_epoch, **more)
 
 
 @pytest.mark.parametrize(("build", "inputs"), [(head, features), (cnn, pixels)], ids=["head", "cnn"])
@@ -74,10 +77,12 @@ def test_an_interrupted_training_ends_with_the_same_bits(build, inputs, stop_aft
     with pytest.raises(KeyboardInterrupt):
         run(build(), inputs(), tmp_path / "checkpoint.pt", interrupt)
     torch.rand(1000)  # whatever else draws random numbers in between must not matter
-    seen: list[Epoch] = []
-    resumed = run(build(), inputs(), tmp_path / "checkpoint.pt", seen.append)
+    found: list[Epoch] = []
+    trained: list[Epoch] = []
+    resumed = run(build(), inputs(), tmp_path / "checkpoint.pt", trained.append, on_resume=found.extend)
 
-    assert resumed.history == undisturbed.history == seen
+    assert len(found) == stop_after  # none of them is trained again
+    assert resumed.history == undisturbed.history == found + trained
     assert resumed.best_epoch == undisturbed.best_epoch
     assert resumed.state.keys() == undisturbed.state.keys()
     for name, tensor in resumed.state.items():

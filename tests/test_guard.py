@@ -32,6 +32,19 @@ os.rename(sys.argv[1] + ".new", sys.argv[1])
 time.sleep(300)
 """
 
+ORPHAN = """
+import os, time
+read, write = os.pipe()
+if os.fork() == 0:
+    if os.fork() == 0:
+        os.write(write, str(os.getpid()).encode())
+        os._exit(0)
+    os._exit(0)
+os.wait()
+print(os.read(read, 20).decode(), flush=True)
+time.sleep(300)
+"""
+
 
 def wait_for(path: Path) -> list[int]:
     deadline = time.monotonic() + 30
@@ -104,6 +117,21 @@ def test_what_a_command_leaves_behind_ends_with_it(tmp_path: Path) -> None:
 start_new_session=True); open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid))"
     assert subprocess.run([*GUARD, "--", sys.executable, "-c", left], timeout=30).returncode == 0
     assert_gone([int((tmp_path / "pid").read_text())])
+
+
+def test_orphans_do_not_stay_as_zombies(tmp_path: Path) -> None:
+    script = tmp_path / "orphan.py"
+    script.write_text(ORPHAN)
+    guard = subprocess.Popen([*GUARD, "--", sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
+    assert guard.stdout
+    orphan = int(guard.stdout.readline())
+    deadline = time.monotonic() + WITHIN_S
+    while psutil.pid_exists(orphan):
+        assert time.monotonic() < deadline, psutil.Process(orphan).status()
+        time.sleep(0.05)
+    assert guard.poll() is None  # the command itself goes on
+    guard.terminate()
+    guard.wait()
 
 
 @pytest.mark.parametrize(("command", "status"), [("exit 0", 0), ("exit 7", 7), ("kill -9 $$", 128 + 9)])

@@ -65,6 +65,7 @@ def fit(
     checkpoint: Path,
     inputs_version: str,
     on_epoch: Callable[[Epoch], None],
+    on_resume: Callable[[list[Epoch]], None] = lambda _: None,
 ) -> Fitted:
     """Trains `network` and returns the weights of the epoch with the best weighted F1 on the inner rows.
 
@@ -78,7 +79,8 @@ def fit(
         train_rows: int64, rows to learn from.
         inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold.
         inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
-        on_epoch: called with each finished epoch, also with those found in the checkpoint.
+        on_epoch: called with each epoch that this call finishes.
+        on_resume: called first with the epochs that the checkpoint holds, where there is one that fits.
     """
     torch.manual_seed(schedule.seed)
     order = torch.Generator().manual_seed(schedule.seed)
@@ -106,8 +108,7 @@ def fit(
         torch.set_rng_state(saved["rng"])
         best = saved["best"]
         history = [Epoch(**line) for line in json.loads(saved["history"])]
-        for line in history:
-            on_epoch(line)
+        on_resume(history)
 
     while len(history) < schedule.max_epochs and len(history) - best_epoch(history) < schedule.patience:
         train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, cycle, average, loss)

@@ -1,0 +1,212 @@
+"""`pleat_train` in a running Airflow (LocalExecutor) with MLflow's server, through the REST API; with faults."""
+
+import json
+import re
+import sys
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from airflow_served import Served
+from conftest import content
+from workspace import check, copy_checkout, use_quick
+
+WITHIN_S = 10  # in which a stopped task's processes are gone
+CONF = {
+    "models": ["cnn_tiny", "cnn_small"],
+    "folds": 2,
+    "epochs": 2,
+    "overrides": {"training.cnn_tiny.learning_rate": 0.01},
+}
+# Long enough that something can happen to it.
+LONG = {"models": ["cnn_tiny"], "folds": 2, "epochs": 60, "overrides": {"training.cnn_tiny.patience": 60}}
+
+
+@pytest.fixture(scope="module")
+def first(served: Served) -> str:
+    """A run that has ended well."""
+    started = served.airflow.trigger(CONF)
+    state = served.airflow.wait(started)
+    states = {(task["task_id"], task["map_index"]): task["state"] for task in served.airflow.tasks(started)}
+    assert state == "success", states
+    return started
+
+
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def training(workspace: Path, fold: int) -> list[psutil.Process]:
+    """The processes of `pleat train cnn_tiny FOLD` in a workspace."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "cwd"]):  # what cannot be read is None
+        here = process.info["cwd"] == str(workspace)
+        if here and (process.info["cmdline"] or [])[-2:] == ["cnn_tiny", str(fold)] and alive(process):
+            found.append(process)
+    return found
+
+
+def wait_for_epoch(served: Served, workspace: Path, fold: int) -> list[psutil.Process]:
+    """Waits until a fold has finished at least an epoch; gives back the processes that train it."""
+    checkpoint = workspace / ".pleat" / "checkpoints" / "cnn_tiny" / f"fold_{fold}.pt"
+    served.airflow.until(lambda: checkpoint.exists() and training(workspace, fold), 180, f"an epoch of fold {fold}")
+    return training(workspace, fold)
+
+
+def test_a_run_with_overrides_ends_in_mlflow(served: Served, first: str) -> None:
+    name = served.airflow.returned(first, "setup")["name"]
+    [experiment] = [item for item in served.mlflow.search_experiments() if item.name == "pleat"]
+    runs = served.mlflow.search_runs([experiment.experiment_id], f"tags.`pleat.run.{name}` = 'yes'")
+    kinds = sorted((item.data.tags["pleat.kind"], item.data.params.get("model")) for item in runs)
+    each = [("fold", "cnn_small"), ("fold", "cnn_small"), ("fold", "cnn_tiny"), ("fold", "cnn_tiny")]
+    assert kinds == [*each, ("model", "cnn_small"), ("model", "cnn_tiny"), ("pipeline", None)]
+    assert {item.info.status for item in runs} == {"FINISHED"}
+    described = served.airflow.returned(first, "setup")
+    assert {item.data.tags["pleat.data_version"] for item in runs} == {described["data_version"]}
+    assert {item.data.tags["pleat.code_version"] for item in runs} == {described["code_version"]}
+    tiny = next(item for item in runs if (item.data.tags["pleat.kind"], item.data.params.get("model")) == each[2])
+    assert tiny.data.params["training.learning_rate"] == "0.01"
+    assert tiny.data.params["training.max_epochs"] == "2"
+    # The scores in MLflow are those in the workspace.
+    leaderboard = json.loads((served.workspace(first) / "reports" / "leaderboard.json").read_text())
+    for item in runs:
+        if item.data.tags["pleat.kind"] == "model":
+            shown = leaderboard[item.data.params["model"]]["f1_weighted"]
+            assert item.data.metrics["f1_weighted"] == pytest.approx(shown, abs=1e-6)
+    pipeline = next(item for item in runs if item.data.tags["pleat.kind"] == "pipeline")
+    files = {artifact.path for artifact in served.mlflow.list_artifacts(pipeline.info.run_id, "report")}
+    assert "report/index.html" in files
+    assert served.airflow.returned(first, "compare")["lock"]
+
+
+def test_mapped_tasks_have_names_and_logs_have_the_stages_lines(served: Served, first: str) -> None:
+    tasks = served.airflow.tasks(first)
+    names = {task["rendered_map_index"] for task in tasks if task["task_id"] == "train"}
+    assert names == {f"{model} · fold {fold}" for model in CONF["models"] for fold in range(2)}  # type: ignore[attr-defined]
+    log = served.airflow.log(first, "train", 0)
+    assert "epoch 1/2 train loss" in log
+    shown = served.airflow.log(first, "setup")
+    assert "learning_rate: 0.01" in shown
+    assert "data version  sample=" in shown
+    assert "MLflow" in shown
+
+
+def test_folds_train_side_by_side(served: Served, first: str) -> None:
+    spans = [
+        (datetime.fromisoformat(task["start_date"]), datetime.fromisoformat(task["end_date"]))
+        for task in served.airflow.tasks(first)
+        if task["task_id"] == "train"
+    ]
+    pairs = [(one, other) for one in spans for other in spans if one < other]
+    assert any(one[0] < other[1] and other[0] < one[1] for one, other in pairs)
+
+
+def test_an_unchanged_run_trains_nothing_and_logs_nothing_twice(served: Served, first: str) -> None:
+    [experiment] = [item for item in served.mlflow.search_experiments() if item.name == "pleat"]
+    before = {item.info.run_id for item in served.mlflow.search_runs([experiment.experiment_id])}
+    again = served.airflow.trigger(CONF)
+    assert served.airflow.wait(again) == "success"
+    for index in range(4):
+        log = served.airflow.log(again, "train", index)
+        assert "is cached - skipping run" in log
+        assert "epoch 1/" not in log
+    assert {item.info.run_id for item in served.mlflow.search_runs([experiment.experiment_id])} == before
+    name = served.airflow.returned(again, "setup")["name"]
+    tagged = served.mlflow.search_runs([experiment.experiment_id], f"tags.`pleat.run.{name}` = 'yes'")
+    assert {item.info.run_id for item in tagged} == before  # what was there already is tied to this run too
+    reports = [content(served.workspace(each) / "reports") for each in (first, again)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("conf", "reason"),
+    [
+        ({"recipe": "nothing"}, "'nothing' is not one of"),
+        ({"models": ["vgg99"]}, "vgg99"),
+        ({"folds": 1}, "1 is less than the minimum of 2"),
+        ({"folds": "three"}, "'three' is not of type"),
+        ({"epochs": 0}, "0 is less than the minimum of 1"),
+        ({"batches": ["elsewhere"]}, "'elsewhere' is not one of"),
+        ({"promote": "always"}, "'always' is not one of"),
+        ({"overrides": {"training.cnn_tiny.learning_rat": 0.1}}, "learning_rat"),
+        ({"overrides": {"training.cnn_tiny.learning_rate": -1}}, "-1 is less than or equal to the minimum of 0"),
+        ({"overrides": {"training.cnn_tiny.mirror": "perhaps"}}, "'perhaps' is not of type 'boolean'"),
+    ],
+)
+def test_bad_values_are_refused_before_anything_runs(served: Served, conf: dict[str, Any], reason: str) -> None:
+    before = served.airflow.get("dags/pleat_train/dagRuns")["total_entries"]
+    answer = served.airflow.ask("POST", "dags/pleat_train/dagRuns", json={"logical_date": None, "conf": conf})
+    assert answer.status_code == 400
+    assert reason in answer.json()["detail"]
+    assert served.airflow.get("dags/pleat_train/dagRuns")["total_entries"] == before
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of LONG by `dvc repro`, in a project with a cache of its own."""
+    folder = copy_checkout(tmp_path_factory.mktemp("undisturbed"))
+    use_quick(folder)
+    text = "from pathlib import Path; from pipeline_steps.trigger_form import document as d; "
+    check(folder, sys.executable, "-c", text + f"t = d(Path(), {LONG!r}); Path('params.yaml').write_text(t)")
+    check(folder, "dvc", "repro", "train", PLEAT_CPU_SLOTS="2", PLEAT_LEASES=str(folder / "leases"))
+    return folder
+
+
+def test_killed_training_and_a_killed_scheduler_cost_nothing(served: Served, undisturbed: Path) -> None:
+    started = served.airflow.trigger(LONG)
+    served.airflow.until(lambda: served.airflow.task(started, "setup")["state"] == "success", 120, "the workspace")
+    workspace = served.workspace(started)
+    # The training itself, then Airflow's process that runs the other fold's task, then the scheduler.
+    for process in wait_for_epoch(served, workspace, 0):
+        process.kill()
+    wait_for_epoch(served, workspace, 1)
+    before = training(workspace, 1)
+    _supervisor(before[0]).kill()
+    served.airflow.until(lambda: not any(map(alive, before)), WITHIN_S, "the orphaned training to end")
+    below = psutil.Process(served.process.pid).children(recursive=True)
+    schedulers = [process for process in below if "scheduler" in process.cmdline()[2:3]]
+    assert schedulers, [process.cmdline() for process in below]
+    for process in schedulers:
+        process.kill()
+    state = served.airflow.wait(started, timeout_s=300)
+    tasks = {(task["task_id"], task["map_index"]): task for task in served.airflow.tasks(started)}
+    assert state == "success", {key: task["state"] for key, task in tasks.items()}
+    for fold in range(2):
+        attempts = range(1, tasks["train", fold]["try_number"] + 1)
+        assert len(attempts) > 1
+        log = "".join(served.airflow.log(started, "train", fold, attempt) for attempt in attempts)
+        assert f"fold {fold}: going on after epoch " in log
+        epochs = re.findall(r"epoch (\d+)/60", log)
+        assert len(set(epochs)) == len(epochs)  # none was trained twice
+        # Bit for bit what an undisturbed run gives.
+        place = Path("data") / "train" / "cnn_tiny" / f"fold_{fold}"
+        assert content(workspace / place) == content(undisturbed / place)
+
+
+def _supervisor(process: psutil.Process) -> psutil.Process:
+    """Airflow's process above the task's own: the one that sends heartbeats."""
+    names = {parent.pid: " ".join(parent.cmdline()) for parent in process.parents()}
+    above = [parent for parent in process.parents() if "pipeline_steps.guard --while" in names[parent.pid]]
+    return above[0].parent().parent()  # type: ignore[union-attr, return-value]
+
+
+def test_a_task_marked_failed_or_cleared_ends_its_processes_and_can_run_again(served: Served) -> None:
+    conf = {**LONG, "overrides": {**LONG["overrides"], "experiment.seed": 5}}  # type: ignore[dict-item]
+    started = served.airflow.trigger(conf)
+    served.airflow.until(lambda: served.airflow.task(started, "setup")["state"] == "success", 120, "the workspace")
+    workspace = served.workspace(started)
+    marked = wait_for_epoch(served, workspace, 0)
+    cleared = wait_for_epoch(served, workspace, 1)
+    served.airflow.mark(started, "train", "failed", index=0)
+    served.airflow.until(lambda: not any(map(alive, marked)), WITHIN_S, "the marked task to end")
+    assert all(map(alive, cleared))  # the other fold trains on
+    served.airflow.clear(started, "train", include_downstream=True)
+    served.airflow.until(lambda: not any(map(alive, cleared)), WITHIN_S, "the cleared task to end")
+    assert served.airflow.wait(started, timeout_s=300) == "success"
+    for fold in range(2):
+        assert "going on after epoch" in served.airflow.log(started, "train", fold, 2)
