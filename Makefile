@@ -14,12 +14,12 @@ help: ## list these targets
 
 setup: .venv/.complete ## the locked environment in .venv
 
-.venv/.complete: requirements/all.lock requirements/bootstrap.lock pyproject.toml
+.venv/.complete: requirements/all.lock requirements/bootstrap.lock requirements/lint.lock pyproject.toml
 	@command -v git > /dev/null || { echo "make setup needs git on PATH." >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
 		{ echo "Pleat needs Python 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; exit 1; }
 	$(PYTHON) -m venv .venv-uv
-	.venv-uv/bin/pip install --quiet --require-hashes -r requirements/bootstrap.lock
+	.venv-uv/bin/pip install --quiet --require-hashes -r requirements/bootstrap.lock -r requirements/lint.lock
 	$(UV) venv --quiet --allow-existing --python $(PYTHON) .venv
 	$(UV) pip sync --quiet --python .venv/bin/python --require-hashes --compile-bytecode requirements/all.lock
 	$(UV) pip install --quiet --python .venv/bin/python --no-deps --editable .
@@ -47,6 +47,7 @@ lint: setup lock-check ## format, lints, types, lock files
 	ruff format --check .
 	ruff check .
 	mypy
+	.venv-uv/bin/hadolint --no-color docker/Dockerfile
 
 lock: .venv-uv/bin/uv ## renew requirements/*.lock from pyproject.toml
 	$(UV) $(COMPILE) --upgrade --all-extras pyproject.toml -o requirements/all.lock

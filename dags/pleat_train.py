@@ -4,6 +4,7 @@ import os
 from datetime import timedelta
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 from airflow.sdk import DAG, BaseOperator, Param, task
 from pleat_operators import LastStageOperator, SetupOperator, StageOperator
@@ -27,10 +28,12 @@ versions of data and code, and links to what MLflow has of the run; `compare` li
 """
 
 
-def queue_of(pool: str) -> dict[str, str]:
-    """Where workers with a device have a queue of their own (PLEAT_GPU_QUEUE), the stages that need one go there."""
-    queue = os.environ.get("PLEAT_GPU_QUEUE")
-    return {"queue": queue} if queue and pool == "gpu" else {}
+def place_of(pool: str) -> dict[str, Any]:
+    """Where stages that need a device run: a Celery queue (PLEAT_GPU_QUEUE), a Kubernetes pod (PLEAT_GPU_POD)."""
+    queue, pod = os.environ.get("PLEAT_GPU_QUEUE"), os.environ.get("PLEAT_GPU_POD")
+    if pool != "gpu":
+        return {}
+    return ({"queue": queue} if queue else {}) | ({"executor_config": {"pod_template_file": pod}} if pod else {})
 
 
 with DAG(
@@ -60,7 +63,7 @@ with DAG(
             "task_id": name,
             "doc_md": f"{stage.text}\n\n`{stage.command}`",
             "pool": pool,
-            **queue_of(pool),
+            **place_of(pool),
         }
         given = {"described": setup.output, "before": [tasks[source].output for source in sorted(before[name])]}
         if not stage.matrix:

@@ -89,6 +89,7 @@ def ensure(root: Path, run: Mapping[str, Any]) -> Path:
             partial = runs / f".partial-{run['name']}"  # whoever left one is dead, or the lock would be held
             shutil.rmtree(partial, ignore_errors=True)
             _fill(partial, root, run)
+            _configure_dvc(partial, root, workspace)
             partial.replace(workspace)
     return workspace
 
@@ -178,7 +179,6 @@ def _fill(workspace: Path, root: Path, run: Mapping[str, Any]) -> None:
         if weights and not Path(weights).is_absolute() and (root / weights).is_file():
             (workspace / weights).parent.mkdir(parents=True, exist_ok=True)
             (workspace / weights).symlink_to((root / weights).resolve())
-    _configure_dvc(workspace, root)
 
 
 def _copy(source: Path, target: Path) -> None:
@@ -199,7 +199,7 @@ def _link(source: str, target: str) -> None:
         shutil.copy2(source, target)
 
 
-def _configure_dvc(workspace: Path, root: Path) -> None:
+def _configure_dvc(workspace: Path, root: Path, final: Path) -> None:
     """The project's settings and cache, with absolute paths; no git, since a workspace is no part of the history."""
     from dvc.config import Config, merge
 
@@ -207,7 +207,9 @@ def _configure_dvc(workspace: Path, root: Path) -> None:
     settings: dict[str, Any] = {}
     for level in ("repo", "local"):
         merge(settings, project.load_one(level))
-    merge(settings, {"core": {"no_scm": True, "site_cache_dir": str(workspace / ".dvc" / "site")}})
+    merge(settings, {"core": {"no_scm": True, "site_cache_dir": str(final / ".dvc" / "site")}})
+    if os.environ.get("PLEAT_STAGE_REMOTE"):  # the only remote in which `repro --pull` looks for results of others
+        merge(settings, {"core": {"remote": os.environ["PLEAT_STAGE_REMOTE"]}})
     settings.setdefault("cache", {}).setdefault("dir", str(root.absolute() / ".dvc" / "cache"))
     (workspace / ".dvc").mkdir()
     (workspace / ".dvc" / "config.local").touch(mode=0o600)  # it may hold a remote's credentials

@@ -61,6 +61,12 @@ def test_the_cache_is_the_projects(project: Path) -> None:
     assert check(workspace, "dvc", "cache", "dir").strip() == str(project / ".dvc" / "cache")
 
 
+def test_dvc_leaves_nothing_outside_the_workspace(project: Path, runs: Path) -> None:
+    workspace = workspaces.ensure(project, describe(project))
+    check(workspace, "dvc", "repro", "--single-item", "ingest@sample")
+    assert sorted(path.name for path in runs.iterdir()) == [".a.lock", "a"]
+
+
 def test_remotes_with_relative_addresses_still_lead_to_the_same_place(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     project = copy_checkout(tmp_path / "project")
