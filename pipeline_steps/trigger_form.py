@@ -212,12 +212,12 @@ def _help(keys: Iterable[Key]) -> str:
         models_with.setdefault(pattern, []).extend(models)
     patterns_of: dict[str, list[str]] = {}
     for pattern, models in models_with.items():
-        patterns_of.setdefault(", ".join(models), []).append(f"`{pattern}`")
+        patterns_of.setdefault(", ".join(models), []).append(pattern)
     listing = [
         f"- {', '.join(patterns)}{f'; MODEL is one of {models}' if models else ''}"
         for models, patterns in patterns_of.items()
     ]
-    example = '`{"experiment.seed": 3, "split.holdout.fraction": 0.2}`'
+    example = '{"experiment.seed": 3, "split.holdout.fraction": 0.2}'
     return "\n".join(
         [
             f"Settings of params.yaml by dotted key, such as {example}. They win over the fields above; "

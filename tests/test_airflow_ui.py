@@ -19,6 +19,10 @@ from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, 
 
 from pipeline_steps import trigger_form
 
+CHROMIUM = shutil.which("chromium")
+NO_BROWSER = "no browser: there is no `chromium` on PATH (Debian has a package of this name)"
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not os.environ.get("CI"), reason=NO_BROWSER)
+
 SCREENSHOTS = Path(os.environ.get("PLEAT_SCREENSHOTS") or REPOSITORY / "build" / "screenshots")
 WINDOW = {"width": 1440, "height": 1000}
 WHOLE_FORM = {"width": 1440, "height": 1600}
@@ -45,16 +49,11 @@ DRAWN_COLOUR = """element => {
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        reason = "no browser: there is no `chromium` on PATH (Debian and Ubuntu have a package of this name)"
-        if os.environ.get("CI"):
-            pytest.fail(reason)
-        pytest.skip(reason)
+    assert CHROMIUM, NO_BROWSER
     SCREENSHOTS.mkdir(parents=True, exist_ok=True)
     expect.set_options(timeout=PATIENCE_MS)
     with sync_playwright() as playwright:
-        running = playwright.chromium.launch(executable_path=chromium, args=FLAGS)
+        running = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
         yield running
         running.close()
 
