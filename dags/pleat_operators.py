@@ -13,6 +13,7 @@ from airflow.sdk import BaseOperator, BaseOperatorLink, Context
 from airflow.sdk.exceptions import AirflowException, AirflowFailException
 
 ROOT = Path(__file__).resolve().parents[1]
+ADVICE = "Use `dvc push` to send your updates to remote storage."  # meant for a person at a terminal
 
 
 class PageLink(BaseOperatorLink):
@@ -25,6 +26,11 @@ class PageLink(BaseOperatorLink):
     def name(self) -> str:
         """The button's text."""
         return self.title
+
+    @property
+    def xcom_key(self) -> str:
+        """Where Airflow keeps the address; its own default is one name for all links of a class."""
+        return f"_link_{self.title}"
 
     def get_link(self, operator: BaseOperator, *, ti_key: Any) -> str:  # noqa: ARG002
         """The page, or nothing where the step named none."""
@@ -50,7 +56,8 @@ class StepOperator(BaseOperator):
         with tempfile.TemporaryDirectory(prefix="pleat-") as folder:
             result = Path(folder) / "result.json"
             for line in self._lines(result, json.dumps({**order, **ids})):
-                self.log.info("%s", line.rstrip())
+                if line.rstrip() != ADVICE:
+                    self.log.info("%s", line.rstrip())
             status = self.process.wait()
             outcome = json.loads(result.read_text()) if result.exists() else {}
         if "done" in outcome:

@@ -23,8 +23,9 @@ ABOUT = """\
 The tasks are the stages of `dvc.yaml`, run by DVC in a workspace of the run's own. A stage whose inputs and settings
 were seen before comes from DVC's cache; a fold that was stopped goes on from its last epoch.
 
-**Trigger** opens a form; what it leaves alone is as in `params.yaml`. The task `setup` shows the settings, the
-versions of data and code, and links to what MLflow has of the run; `compare` links to the report.
+**Trigger** opens a form; what it leaves alone is as in `params.yaml`. The log of the task `setup` shows the run's
+settings and the versions of data and code. On its tab **Details** a button leads to the run in MLflow, on that of
+`compare` another one to the report.
 """
 
 

@@ -19,7 +19,9 @@ from pipeline_steps import definition, trigger_form, workspaces
 from pipeline_steps.errors import FAILURE_FILE, PleatError
 from pipeline_steps.guard import end_with_guard
 from pipeline_steps.progress import say
-from pipeline_steps.versions import RUN, code_version
+from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_version
+
+TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser its pages for language models
 
 
 def main() -> None:
@@ -66,12 +68,11 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict
         run["links"] = _mlflow_page(run["name"])
         _write_about(workspace, dag_id, run_id, run)
     workspaces.remove_old(project, run["name"])
+    say(f"params.yaml of this run:\n{text}")  # first, because Airflow opens a log at its end
     say(f"Run {run_id}\n  workspace     {workspace}\n  data version  {run['data_version']}")
     say(f"  code version  {run['code_version']}")
     for title, page in run["links"].items():
         say(f"  {title:12}  {page}")
-    say("  params.yaml")
-    say("".join(f"    {line}\n" for line in text.splitlines()))
     return run
 
 
@@ -207,7 +208,7 @@ def _log_the_rest(workspace: Path, run: Mapping[str, Any]) -> dict[str, str]:
         run_id = tracker.sync()
         if address and run_id:
             page = f"{address}/#/experiments/{tracker.experiment}/runs/{run_id}"
-            return {"MLflow": page, "Report": f"{page}/artifacts/report/index.html"}
+            return {"MLflow": f"{page}?{TRAINING}", "Report": f"{page}/artifacts/report/index.html?{TRAINING}"}
     return {}
 
 
@@ -218,14 +219,18 @@ def _mlflow_page(name: str) -> dict[str, str]:
     address = _mlflow_address()
     if address is None:
         return {}
-    uri, ask = os.environ["MLFLOW_TRACKING_URI"].rstrip("/"), "api/2.0/mlflow/experiments/get-by-name"
+    api = f"{os.environ['MLFLOW_TRACKING_URI'].rstrip('/')}/api/2.0/mlflow/experiments"
     try:
-        answer = requests.get(f"{uri}/{ask}", params={"experiment_name": "pleat"}, timeout=5)
+        answer = requests.get(f"{api}/get-by-name", params={"experiment_name": EXPERIMENT}, timeout=5)
+        if answer.status_code == requests.codes.not_found:  # nothing was ever logged
+            tags = [{"key": key, "value": value} for key, value in EXPERIMENT_TAGS.items()]
+            requests.post(f"{api}/create", json={"name": EXPERIMENT, "tags": tags}, timeout=5)
+            answer = requests.get(f"{api}/get-by-name", params={"experiment_name": EXPERIMENT}, timeout=5)
         experiment = answer.json()["experiment"]["experiment_id"]
-    except (requests.RequestException, KeyError):  # away, or nothing was ever logged
+    except (requests.RequestException, KeyError):  # away
         return {"MLflow": address}
     used = quote(f"tags.`pleat.run.{name}` = 'yes'")
-    return {"MLflow": f"{address}/#/experiments/{experiment}?searchFilter={used}"}
+    return {"MLflow": f"{address}/#/experiments/{experiment}/runs?searchFilter={used}&{TRAINING}"}
 
 
 def _mlflow_address() -> str | None:

@@ -22,7 +22,15 @@ from pipeline_steps.files import read_json, read_parquet
 from pipeline_steps.metrics import headlines
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say
-from pipeline_steps.versions import airflow_run, code_version, data_version, digest, fold_key
+from pipeline_steps.versions import (
+    EXPERIMENT,
+    EXPERIMENT_TAGS,
+    airflow_run,
+    code_version,
+    data_version,
+    digest,
+    fold_key,
+)
 
 # A server that is away must not hold up training: MLflow's own defaults retry for minutes.
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -38,8 +46,6 @@ from mlflow.entities import DatasetInput, InputTag, Metric, Param, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-EXPERIMENT = "pleat"
-EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
 SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")

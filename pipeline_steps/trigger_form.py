@@ -162,7 +162,8 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
         "folds": {
             "default": None,
             "title": "Folds",
-            "description": "Number of folds of the cross-validation; empty: as in the recipe.",
+            "description": f"Number of folds of the cross-validation, {FEWEST_FOLDS} to {MOST_FOLDS}; empty: as in the "
+            "recipe.",
             "type": ["integer", "null"],
             "minimum": FEWEST_FOLDS,
             "maximum": MOST_FOLDS,
@@ -170,7 +171,7 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
         "epochs": {
             "default": None,
             "title": "Epochs",
-            "description": "At most so many epochs for every model of the run; empty: as in the recipe.",
+            "description": "Largest number of epochs, for every model of the run; empty: as in the recipe.",
             **epochs,
             "type": ["integer", "null"],
         },
@@ -198,30 +199,35 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
             "description_md": _help(keys),
             "type": ["object", "null"],  # null: the editor was emptied
             "properties": {".".join(key): schema for key, schema in keys.items()},
-            "additionalProperties": False,
+            # Airflow shows a refused value with the schema that refused it; `False` would show all of the keys'.
+            "additionalProperties": {"not": {"description": "any value: there is no such key"}},
         },
     }
 
 
 def _help(keys: Iterable[Key]) -> str:
-    """What may stand in `overrides`; what all of several models have is told once."""
-    models_with: dict[str, list[str]] = {}
+    """What may stand in `overrides`; what all of several models have is told once.
+
+    No word is marked as code, because Airflow sets such words in boxes that cover the line above.
+    """
+    models_with: dict[Key, list[str]] = {}
     for block, *below in keys:
         models = [below[0]] if block in ("models", "training") else []
-        pattern = ".".join((block, "MODEL", *below[1:]) if models else (block, *below))
+        pattern = (f"{block}.MODEL.", ".".join(below[1:])) if models else ("", ".".join((block, *below)))
         models_with.setdefault(pattern, []).extend(models)
-    patterns_of: dict[str, list[str]] = {}
-    for pattern, models in models_with.items():
-        patterns_of.setdefault(", ".join(models), []).append(pattern)
+    names_of: dict[Key, list[str]] = {}
+    for (prefix, name), models in models_with.items():
+        names_of.setdefault((prefix, ", ".join(models)), []).append(name)
     listing = [
-        f"- {', '.join(patterns)}{f'; MODEL is one of {models}' if models else ''}"
-        for models, patterns in patterns_of.items()
+        f"- **{prefix}** with {', '.join(names)}; MODEL is one of {models}" if prefix else f"- {', '.join(names)}"
+        for (prefix, models), names in names_of.items()
     ]
-    example = '{"experiment.seed": 3, "split.holdout.fraction": 0.2}'
     return "\n".join(
         [
-            f"Settings of params.yaml by dotted key, such as {example}. They win over the fields above; "
-            "those of models that are not part of the run do nothing. The keys:",
+            'Settings of params.yaml by dotted key, such as {"training.cnn_small.patience": 5, "experiment.seed": 3}. '
+            "They win over the fields above; those of models that are not part of the run do nothing. On a DAG's own "
+            "page Chrome loses each typed g to a shortcut of Airflow's: paste, or trigger from the list of DAGs. "
+            "The keys:",
             "",
             *listing,
         ]

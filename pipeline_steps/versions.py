@@ -11,6 +11,8 @@ from ruamel.yaml import YAML
 
 from pipeline_steps.params import Params
 
+EXPERIMENT = "pleat"  # in MLflow
+EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 RUN = Path(".pleat/run.json")  # in the workspace of an Airflow run: what the run is
 TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py", "vision/optimizer.py")
 CODE = Path(__file__).parent

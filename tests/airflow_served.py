@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from airflow_rest import Airflow, bundled_logs
@@ -27,8 +27,8 @@ class Served:
     project: Path
     airflow: Airflow
     mlflow: MlflowClient
-    password: str
-    environment: dict[str, str]
+    password: str = field(repr=False)
+    environment: dict[str, str] = field(repr=False)
     process: subprocess.Popen[bytes]
 
     def workspace(self, run: str) -> Path:
