@@ -40,8 +40,9 @@ mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
+# Two processes: the tests that start servers mostly wait, the others compute (tests/conftest.py divides them).
 test: setup ## all tests
-	pytest
+	GOMP_SPINCOUNT=1000 pytest --numprocesses 2 --dist loadgroup
 
 lint: setup lock-check ## format, lints, types, lock files
 	ruff format --check .

@@ -15,13 +15,13 @@ from workspace import check, copy_checkout, use_quick
 
 WITHIN_S = 10  # in which a stopped task's processes are gone
 CONF = {
-    "models": ["cnn_tiny", "cnn_small"],
+    "models": ["cnn_tiny"],
     "folds": 2,
     "epochs": 2,
     "overrides": {"training.cnn_tiny.learning_rate": 0.01},
 }
 # Long enough that something can happen to it.
-LONG = {"models": ["cnn_tiny"], "folds": 2, "epochs": 60, "overrides": {"training.cnn_tiny.patience": 60}}
+LONG = {"models": ["cnn_tiny"], "folds": 2, "epochs": 40, "overrides": {"training.cnn_tiny.patience": 40}}
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +63,14 @@ def test_a_run_with_overrides_ends_in_mlflow(served: Served, first: str) -> None
     [experiment] = [item for item in served.mlflow.search_experiments() if item.name == "pleat"]
     runs = served.mlflow.search_runs([experiment.experiment_id], f"tags.`pleat.run.{name}` = 'yes'")
     kinds = sorted((item.data.tags["pleat.kind"], item.data.params.get("model")) for item in runs)
-    each = [("fold", "cnn_small"), ("fold", "cnn_small"), ("fold", "cnn_tiny"), ("fold", "cnn_tiny")]
-    assert kinds == [*each, ("model", "cnn_small"), ("model", "cnn_tiny"), ("pipeline", None)]
+    assert kinds == [("fold", "cnn_tiny"), ("fold", "cnn_tiny"), ("model", "cnn_tiny"), ("pipeline", None)]
     assert {item.info.status for item in runs} == {"FINISHED"}
     described = served.airflow.returned(first, "setup")
     assert {item.data.tags["pleat.data_version"] for item in runs} == {described["data_version"]}
     assert {item.data.tags["pleat.code_version"] for item in runs} == {described["code_version"]}
-    tiny = next(item for item in runs if (item.data.tags["pleat.kind"], item.data.params.get("model")) == each[2])
-    assert tiny.data.params["training.learning_rate"] == "0.01"
-    assert tiny.data.params["training.max_epochs"] == "2"
+    fold = next(item for item in runs if item.data.tags["pleat.kind"] == "fold")
+    assert fold.data.params["training.learning_rate"] == "0.01"
+    assert fold.data.params["training.max_epochs"] == "2"
     # The scores in MLflow are those in the workspace.
     leaderboard = json.loads((served.workspace(first) / "reports" / "leaderboard.json").read_text())
     for item in runs:
@@ -87,7 +86,7 @@ def test_a_run_with_overrides_ends_in_mlflow(served: Served, first: str) -> None
 def test_mapped_tasks_have_names_and_logs_have_the_stages_lines(served: Served, first: str) -> None:
     tasks = served.airflow.tasks(first)
     names = {task["rendered_map_index"] for task in tasks if task["task_id"] == "train"}
-    assert names == {f"{model} · fold {fold}" for model in CONF["models"] for fold in range(2)}  # type: ignore[attr-defined]
+    assert names == {"cnn_tiny · fold 0", "cnn_tiny · fold 1"}
     log = served.airflow.log(first, "train", 0)
     assert "epoch 1/2 train loss" in log
     shown = served.airflow.log(first, "setup")
@@ -106,16 +105,22 @@ def test_folds_train_side_by_side(served: Served, first: str) -> None:
     assert any(one[0] < other[1] and other[0] < one[1] for one, other in pairs)
 
 
-def test_an_unchanged_run_trains_nothing_and_logs_nothing_twice(served: Served, first: str) -> None:
+def test_an_unchanged_run_trains_nothing_beside_one_with_other_settings(served: Served, first: str) -> None:
     [experiment] = [item for item in served.mlflow.search_experiments() if item.name == "pleat"]
     before = {item.info.run_id for item in served.mlflow.search_runs([experiment.experiment_id])}
     again = served.airflow.trigger(CONF)
-    assert served.airflow.wait(again) == "success"
-    for index in range(4):
+    # At the same time, in a workspace of its own.
+    other = served.airflow.trigger({**CONF, "overrides": {"experiment.seed": 3}})
+    assert [served.airflow.wait(run) for run in (again, other)] == ["success", "success"]
+    assert "seed: 3" in (served.workspace(other) / "params.yaml").read_text()
+    assert "seed: 17" in (served.workspace(again) / "params.yaml").read_text()
+    assert "seed: 17" in (served.project / "params.yaml").read_text()
+    scores = [json.loads((served.workspace(run) / "reports/leaderboard.json").read_text()) for run in (again, other)]
+    assert scores[0]["cnn_tiny"] != scores[1]["cnn_tiny"]
+    for index in range(2):
         log = served.airflow.log(again, "train", index)
         assert "is cached - skipping run" in log
         assert "epoch 1/" not in log
-    assert {item.info.run_id for item in served.mlflow.search_runs([experiment.experiment_id])} == before
     name = served.airflow.returned(again, "setup")["name"]
     tagged = served.mlflow.search_runs([experiment.experiment_id], f"tags.`pleat.run.{name}` = 'yes'")
     assert {item.info.run_id for item in tagged} == before  # what was there already is tied to this run too
@@ -181,7 +186,7 @@ def test_killed_training_and_a_killed_scheduler_cost_nothing(served: Served, und
         assert len(attempts) > 1
         log = "".join(served.airflow.log(started, "train", fold, attempt) for attempt in attempts)
         assert f"fold {fold}: going on after epoch " in log
-        epochs = re.findall(r"epoch (\d+)/60", log)
+        epochs = re.findall(r"epoch (\d+)/40", log)
         assert len(set(epochs)) == len(epochs)  # none was trained twice
         # Bit for bit what an undisturbed run gives.
         place = Path("data") / "train" / "cnn_tiny" / f"fold_{fold}"
