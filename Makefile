@@ -40,9 +40,15 @@ mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
-# Two processes: the tests that start servers mostly wait, the others compute (tests/conftest.py divides them).
+# Two processes side by side: the tests that start servers mostly wait, the others compute.
+SERVERS := $(wildcard tests/test_airflow_*.py) tests/test_standalone.py tests/test_docker.py
+
 test: setup ## all tests
-	GOMP_SPINCOUNT=1000 pytest --numprocesses 2 --dist loadgroup
+	@mkdir -p build
+	@GOMP_SPINCOUNT=1000 pytest $(SERVERS) > build/tests_with_servers.txt 2>&1 & servers=$$!; \
+		GOMP_SPINCOUNT=1000 pytest $(addprefix --ignore=,$(SERVERS)); others=$$?; \
+		echo "Waiting for the tests that start servers (build/tests_with_servers.txt)."; \
+		wait $$servers; status=$$?; cat build/tests_with_servers.txt; exit $$((others | status))
 
 lint: setup lock-check ## format, lints, types, lock files
 	ruff format --check .

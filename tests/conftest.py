@@ -123,14 +123,6 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Divides the tests between two processes, so that no session fixture is made twice: servers, and all others."""
-    for item in items:
-        servers = item.path.stem.startswith(("test_airflow", "test_standalone", "test_docker"))
-        item.add_marker(pytest.mark.xdist_group("servers" if servers else "others"))
-
-
 @pytest.fixture(autouse=True, scope="session")
 def leases(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Tests must not wait for somebody's real training."""
