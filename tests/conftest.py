@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,9 @@ from pipeline_steps.params import Params
 
 if TYPE_CHECKING:
     from airflow_served import Served
+
+# A shell starts background processes with SIGINT ignored, which the commands under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 TEST_DATA = Path(os.environ.get("PLEAT_TEST_DATA", "../shared"))
