@@ -76,7 +76,7 @@ def test_a_failure_keeps_the_old_and_leaves_nothing_new(tmp_path: Path, kind: st
     def fail_half_way() -> None:
         with (atomic_path if kind == "file" else atomic_folder)(target) as partial:
             (partial if kind == "file" else partial / "whole").write_text("half")
-            raise error
+            raise error("half way")
 
     with pytest.raises(error):
         fail_half_way()
