@@ -1,7 +1,6 @@
 """`pleat use`: puts a recipe in place as params.yaml, with values changed on the way."""
 
 import difflib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,12 +8,12 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline_steps import params
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import write_text
 from pipeline_steps.progress import say
+from pipeline_steps.yaml_text import round_trip, text_of, unshared
 
 MAX_FOLDS = 1000
 
@@ -33,16 +32,13 @@ def use(recipe: str, overrides: list[str], root: Path = Path()) -> None:
     path = _find(recipe, root)
     text = path.read_text(encoding="utf-8")
     params.load(path)
-    yaml = _round_trip()
-    document = yaml.load(text)
+    document = round_trip().load(text)
     if overrides:
         _unshare(document, set())
     for override in overrides:
         _override(document, override, recipe, root)
     if _list_folds(document) or overrides:
-        out = io.StringIO()
-        yaml.dump(document, out)
-        text = out.getvalue()
+        text = text_of(document)
     where = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
     chosen = params.check(YAML(typ="safe").load(text), where).experiment
     write_text(root / "params.yaml", text)
@@ -63,7 +59,7 @@ def _list_folds(document: CommentedMap) -> bool:
         return False
     if count > MAX_FOLDS:
         raise PleatError(f"Expected experiment.folds to be at most {MAX_FOLDS}, but got {count}.")
-    experiment["folds"] = _flow(list(range(count)))
+    experiment["folds"] = unshared(list(range(count)))
     return True
 
 
@@ -96,13 +92,14 @@ def _override(document: CommentedMap, override: str, recipe: str, root: Path) ->
         raise PleatError(f"The recipe '{recipe}' has no key `{key}`; {hint}.")
     node, name = places[key]
     try:
-        value = _round_trip().load(given)
+        value = unshared(YAML(typ="safe").load(given))
     except YAMLError as error:
         raise PleatError(f"--set {key}: '{given}' is not valid YAML: {' '.join(str(error).split())}") from None
     if name == "weights" and value is not None:
         value = _weights(key, value if isinstance(value, str) else given, root)
-    # Other YAML readers take `1e-3` for text; a plain float is written so that all agree.
-    node[name] = float(value) if isinstance(value, float) else _flow(value)
+    if isinstance(value, CommentedMap):
+        value.fa.set_flow_style()  # on one line, as it was given
+    node[name] = value
 
 
 def _weights(key: str, given: str, root: Path) -> str:
@@ -133,44 +130,7 @@ def _unshare(node: Any, seen: set[int]) -> None:
         if not isinstance(value, CommentedMap | CommentedSeq):
             continue
         if id(value) in seen or getattr(value, "merge", None):
-            value = node[key] = _copy(value)
+            value = node[key] = unshared(value)
         value.yaml_set_anchor(None)
         seen.add(id(value))
         _unshare(value, seen)
-
-
-def _copy(value: Any) -> Any:
-    if isinstance(value, dict):
-        copy: Any = CommentedMap((key, _copy(item)) for key, item in value.items())
-    elif isinstance(value, list):
-        copy = CommentedSeq(_copy(item) for item in value)
-    else:
-        return value
-    if value.fa.flow_style():
-        copy.fa.set_flow_style()
-    return copy
-
-
-def _flow(value: Any) -> Any:
-    """A list or mapping on one line."""
-    if isinstance(value, list) and not isinstance(value, CommentedSeq):
-        value = CommentedSeq(value)
-    if isinstance(value, CommentedMap | CommentedSeq):
-        value.fa.set_flow_style()
-    return value
-
-
-class _Representer(RoundTripRepresenter):
-    """Writes `null` where ruamel would leave the place empty."""
-
-
-_Representer.add_representer(type(None), lambda self, _: self.represent_scalar("tag:yaml.org,2002:null", "null"))
-
-
-def _round_trip() -> YAML:
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.preserve_quotes = True
-    yaml.width = 2**20
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    return yaml

@@ -6,23 +6,19 @@ value is right or wrong by what stands in another field.
 
 import difflib
 import math
-import re
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
-from ruamel.yaml.comments import CommentedMap, CommentedSeq
-from ruamel.yaml.nodes import ScalarNode
-from ruamel.yaml.representer import RoundTripRepresenter
 
 from pipeline_steps import params
 from pipeline_steps.errors import PleatError
 from pipeline_steps.params import CustomCnn, Params
+from pipeline_steps.yaml_text import text_of, unshared
 
 OWN = "params.yaml"  # stands in the field `recipe` for the checkout's own settings
 FORM = "Trigger form"
@@ -30,8 +26,6 @@ FEWEST_FOLDS, MOST_FOLDS = 2, 100
 LARGEST_INTEGER = 2**53 - 1  # the browser sends a larger one rounded
 # Python reads NaN and Infinity in JSON, and NaN passes every `minimum`, but nothing that is forbidden to be compared.
 FINITE = {"not": {"exclusiveMinimum": sys.float_info.max}}
-# Text that no reader of YAML 1.1 or 1.2 takes for anything else; all other text is quoted.
-PLAIN = re.compile(r"(?!(?:y|n|yes|no|on|off|true|false|null)$)[a-z_][\w./-]*(?: [\w./-]+)*", re.ASCII | re.IGNORECASE)
 
 Key = tuple[str, ...]
 
@@ -88,7 +82,7 @@ def document(root: Path, conf: Mapping[str, Any]) -> str:
             training[name]["max_epochs"] = _whole_number("epochs", epochs, form["epochs"])
     _override(settings, overrides, _keys(recipes))
     experiment["folds"] = params.check(settings, FORM).experiment.folds  # a number of folds became their list
-    return _text(settings)
+    return text_of(unshared(settings))
 
 
 def _recipes(root: Path) -> dict[str, Params]:
@@ -103,7 +97,7 @@ def _path(root: Path, recipe: str) -> Path:
 
 def _read(root: Path, recipe: str) -> Any:
     """A recipe as it stands in its file, keys in their order and nothing shared between two places."""
-    return _unshared(YAML(typ="safe").load(_path(root, recipe).read_text(encoding="utf-8")))
+    return unshared(YAML(typ="safe").load(_path(root, recipe).read_text(encoding="utf-8")))
 
 
 def _defines(recipe: Params, model: str) -> bool:
@@ -325,42 +319,3 @@ def _expect_known(field: str, values: Any, known: list[str]) -> None:
 def _expect(fine: bool, sentence: str) -> None:
     if not fine:
         raise PleatError(f"{FORM}: {sentence}.")
-
-
-def _unshared(value: Any) -> Any:
-    """A copy in which aliases have become copies, and lists go on one line when written."""
-    if isinstance(value, dict):
-        return CommentedMap((key, _unshared(below)) for key, below in value.items())
-    if isinstance(value, list):
-        copy = CommentedSeq(_unshared(below) for below in value)
-        copy.fa.set_flow_style()
-        return copy
-    return value
-
-
-class _Representer(RoundTripRepresenter):
-    """Writes scalars so that readers of YAML 1.1 and of YAML 1.2 agree on them."""
-
-    def represent_float(self, data: float) -> ScalarNode:
-        text = repr(data)
-        return self.represent_scalar("tag:yaml.org,2002:float", text if "." in text else text.replace("e", ".0e"))
-
-    def represent_str(self, data: str) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style=None if PLAIN.fullmatch(data) else '"')
-
-    def represent_none(self, _: None) -> ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:null", "null")
-
-
-_Representer.add_representer(float, _Representer.represent_float)
-_Representer.add_representer(str, _Representer.represent_str)
-_Representer.add_representer(type(None), _Representer.represent_none)
-
-
-def _text(settings: Any) -> str:
-    yaml = YAML()
-    yaml.Representer = _Representer
-    yaml.width = 2**20
-    out = StringIO()
-    yaml.dump(_unshared(settings), out)
-    return out.getvalue()

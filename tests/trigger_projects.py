@@ -1,0 +1,113 @@
+"""Projects for the tests of the trigger form, and how a form and a run's params.yaml are read."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml as pyyaml
+from conftest import REPOSITORY
+from jsonschema import Draft202012Validator, ValidationError
+from ruamel.yaml import YAML
+
+from pipeline_steps import trigger_form
+from pipeline_steps.errors import PleatError
+
+Form = dict[str, dict[str, Any]]
+
+
+# Two files that disagree as far as valid files can: `net.v2` is another kind of model in each, `on` pools otherwise,
+# `half` has no training in one of them. Folds are a number, blocks are shared by aliases, words look like other types.
+OWN = """\
+split: &split
+  holdout: {salt: "1e3", fraction: 0.0}
+  near_copy_max_distance: 4
+  group_by: null
+experiment: {recipe: mine, seed: 1, batches: [there], models: ["on", net.v2], folds: 3}
+ingest: {format: auto, min_side_px: 16, max_pixels: 50_000_000}
+labels: {drop: ["Off", "12:30"], merge: {"0x1F": "no", "a\\tb": "é"}}
+models:
+  "on": {kind: custom_cnn, input_size: 64, blocks: &blocks [{filters: 8, kernel: 3, pool: 2}]}
+  net.v2: {kind: custom_cnn, input_size: 64, blocks: *blocks}
+  half: {kind: custom_cnn, input_size: 64, blocks: [{filters: 8, kernel: 3, pool: 4}, {filters: 8, kernel: 3, pool: 4}]}
+training:
+  "on": &training
+    head: {hidden: 0, dropout: 0.2}
+    max_epochs: 30
+    patience: 8
+    inner_fraction: 0.15
+    batch_size: 32
+    learning_rate: 1e-5
+    weight_decay: 0.01
+    label_smoothing: 0.0
+    class_weights: none
+    weight_average: 0.0
+    mirror: true
+  net.v2: *training
+"""
+OTHER = """\
+experiment: {recipe: other, seed: 2, batches: [elsewhere], models: [half], folds: [0, 1]}
+ingest: {format: class_folders, min_side_px: 1, max_pixels: 1000}
+labels: {drop: [], merge: {}}
+split: {group_by: sender_id, near_copy_max_distance: 0, holdout: {fraction: 0.5, salt: other}}
+models:
+  half: {kind: custom_cnn, input_size: 8, blocks: [{filters: 8, kernel: 3, pool: 1}]}
+  net.v2: {kind: frozen, backbone: resnet18, weights: null}
+  "on": {kind: custom_cnn, input_size: 9, blocks: [{filters: 8, kernel: 3, pool: 3}, {filters: 8, kernel: 3, pool: 3}]}
+training:
+  half: &training {head: {hidden: 0, dropout: 0.2}, max_epochs: 1, patience: 1, inner_fraction: 0.5, batch_size: 1,
+    learning_rate: 1, weight_decay: 0, label_smoothing: 0, class_weights: balanced, weight_average: 0, mirror: false}
+  net.v2: {<<: *training, max_epochs: 60}
+"""
+
+
+def checkout(root: Path) -> Path:
+    """This checkout's settings and recipes, with a second batch of which only the .dvc file is there."""
+    shutil.copytree(REPOSITORY / "recipes", root / "recipes")
+    shutil.copy(REPOSITORY / "recipes" / "sample.yaml", root / "params.yaml")
+    (root / "data" / "raw" / "sample").mkdir(parents=True)
+    (root / "data" / "raw" / "clothing.dvc").touch()
+    return root
+
+
+def write_tangled(root: Path) -> Path:
+    """A project of those two files."""
+    for name, text in (("params.yaml", OWN), ("recipes/other.yaml", OTHER), ("data/raw/new.dvc", "")):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "data/raw/there").mkdir()
+    return root
+
+
+def schema(field: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a field Airflow hands to jsonschema."""
+    return {key: value for key, value in field.items() if key not in ("default", "description")}
+
+
+def refusal(form: Form, conf: Mapping[str, Any]) -> str:
+    """The message with which the schemas refuse a configuration; empty where they accept it."""
+    for name, value in conf.items():
+        try:
+            Draft202012Validator(schema(form[name])).validate(value)
+        except ValidationError as error:
+            return str(error)
+    return ""
+
+
+def read(text: str) -> dict[str, Any]:
+    return YAML(typ="safe").load(text)
+
+
+def yaml_1_1(text: str) -> Any:
+    return pyyaml.load(text, pyyaml.CSafeLoader)
+
+
+def settings_of(root: Path, conf: Mapping[str, Any]) -> dict[str, Any]:
+    return read(trigger_form.document(root, conf))
+
+
+def refused(root: Path, conf: Mapping[str, Any]) -> str:
+    with pytest.raises(PleatError) as caught:
+        trigger_form.document(root, conf)
+    return str(caught.value)
