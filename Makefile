@@ -37,7 +37,7 @@ airflow: setup ## Airflow on http://127.0.0.1:8080 and MLflow on http://127.0.0.
 	pleat airflow
 
 mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
-	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false mlflow server --backend-store-uri sqlite:///mlflow.db \
+	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ENABLE_ASSISTANT_SANDBOX=true mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
 # Two processes side by side: the tests that start servers mostly wait, the others compute.

@@ -117,6 +117,7 @@ def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
         "AIRFLOW__DAG_PROCESSOR__REFRESH_INTERVAL": "15",
         "AIRFLOW__DAG_PROCESSOR__PARSING_PROCESSES": "1",
         "AIRFLOW__DAG_PROCESSOR__PRINT_STATS_INTERVAL": "0",
+        "AIRFLOW__SCHEDULER__SCHEDULER_IDLE_SLEEP_TIME": "0.3",  # folds that wait for one device start without a pause
         "AIRFLOW__API__WORKERS": "1",
         # A task whose supervisor or scheduler is gone is taken up again soon; one whose api-server is started again
         # goes on.
@@ -128,6 +129,7 @@ def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
         "AIRFLOW__USAGE_DATA_COLLECTION__ENABLED": "False",  # of Airflow before 3.3
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+        "MLFLOW_ENABLE_ASSISTANT_SANDBOX": "true",  # what MLflow's assistant runs, it runs in a container or not at all
     }
     own = {
         "AIRFLOW_HOME": str(home),

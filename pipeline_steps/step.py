@@ -170,7 +170,8 @@ def _lock(workspace: Path) -> dict[str, Any]:
 
 def _add_locks(workspace: Path, locks: Mapping[str, Any]) -> None:
     """Puts the entries of other workers' stages into dvc.lock."""
-    if all(_lock(workspace).get(address) == entry for address, entry in locks.items()):
+    known = _lock(workspace)
+    if all(known.get(address) == entry for address, entry in locks.items()):
         return
     from dvc.repo import Repo
 

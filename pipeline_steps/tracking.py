@@ -122,20 +122,21 @@ class Tracker:
             epochs = {name: about[name] for name in ("best_epoch", "epochs")}
             values = {**epochs, **scores_of(read_parquet(folder / "predictions.parquet"))}
             self.client.log_batch(run.info.run_id, metrics=_metrics(values, step=0))
-            self.client.set_terminated(run.info.run_id)
+            self._finish(run)
 
     def model(self, model: str) -> None:
         """Logs a model's folds, its cross-validation summary and its report."""
         for fold in self.params.experiment.folds:
             self.fold(model, fold)
-        run_id = self._model_run(model).info.run_id
+        run = self._model_run(model)
+        run_id = run.info.run_id
         summary = read_json(self.root / "data" / "evaluate" / model / "metrics.json")
         values = {
             name + suffix: summary[name][part] for name in SUMMARY_METRICS for part, suffix in SUMMARY_PARTS.items()
         }
         self.client.log_batch(run_id, metrics=_metrics(values, step=0))
         self.client.log_artifacts(run_id, str(self.root / "reports" / "models" / model), "report")
-        self.client.set_terminated(run_id)
+        self._finish(run)
 
     def pipeline(self) -> None:
         """Logs the leaderboard with its pages and every model's cost, and ties the models' runs to this run."""
@@ -145,15 +146,15 @@ class Tracker:
         chosen = read_json(self.root / "data" / "compare" / "chosen.json")
         self.client.set_tag(run_id, "pleat.chosen", chosen["model"])
         self.client.log_batch(run_id, metrics=_metrics({"f1_weighted": chosen["f1_weighted"]}, step=0))
-        for model, run in runs.items():
+        for model, part in runs.items():
             cost = {name: int(leaderboard[name][model]) for name in ("params", "macs")}
-            self.client.log_batch(run.info.run_id, metrics=_metrics(cost, step=0))
-            self.client.set_tag(run.info.run_id, "pleat.pipeline_run", run_id)
-            self.client.set_tag(run_id, f"pleat.model_run.{model}", run.info.run_id)
+            self.client.log_batch(part.info.run_id, metrics=_metrics(cost, step=0))
+            self.client.set_tag(part.info.run_id, "pleat.pipeline_run", run_id)
+            self.client.set_tag(run_id, f"pleat.model_run.{model}", part.info.run_id)
         for file in sorted((self.root / "reports").glob("*.*")):
             self.client.log_artifact(run_id, str(file), "report")
         self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
-        self.client.set_terminated(run_id)
+        self._finish(run)
 
     def sync(self) -> str | None:
         """Logs whatever finished stages have left in this folder and MLflow does not have.
@@ -175,6 +176,10 @@ class Tracker:
         if run.info.status != "FINISHED":
             self.pipeline()
         return str(run.info.run_id)
+
+    def _finish(self, run: Run) -> None:
+        if run.info.status != "FINISHED":  # else its end and so its duration would move
+            self.client.set_terminated(run.info.run_id)
 
     def _fold_run(self, model: str, fold: int) -> Run:
         parent = self._model_run(model)

@@ -214,6 +214,16 @@ def test_airflow_knows_every_setting(env: dict[str, str]) -> None:
         read(everything[name])
 
 
+def test_mlflow_knows_every_setting(env: dict[str, str]) -> None:
+    from mlflow import environment_variables
+
+    names = {name for service in services("compose.yaml", env).values() for name in environment(service)}
+    found = {name for name in names if name.startswith("MLFLOW_")} - {"MLFLOW_DB_PASSWORD"}
+    assert len(found) > 4
+    known = {"MLFLOW_BACKEND_STORE_URI", *vars(environment_variables)}  # the first is an option of `mlflow server`
+    assert found - known == set()
+
+
 def test_a_long_training_outlives_tokens_restarts_and_redelivery(env: dict[str, str]) -> None:
     given = environment(services("compose.yaml", env)["airflow-worker"])
     day = 24 * 3600

@@ -134,6 +134,22 @@ def test_an_unreachable_server_costs_no_result_and_sync_catches_up(workspace: Pa
         assert "report/index.html" in {item.path for item in pages}
 
 
+def test_what_is_evaluated_again_keeps_its_duration(workspace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uri = f"sqlite:///{workspace}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # MLflow keeps stores by address, and a relative one is every test's
+    tracker = tracking.Tracker(params.load())
+    tracker.model(MODEL)
+    tracker.pipeline()
+    before = runs(uri)
+    tracker.model(MODEL)
+    tracker.pipeline()
+    after = runs(uri)
+    assert len(MlflowClient(uri).get_metric_history(before[MODEL].info.run_id, "accuracy")) == 2
+    assert {name: run.info.end_time for name, run in after.items()} == {
+        name: run.info.end_time for name, run in before.items()
+    }
+
+
 def test_processes_that_start_together_share_one_store_and_one_parent(workspace: Path) -> None:
     code = (
         "import sys; from pipeline_steps import params, tracking;"
