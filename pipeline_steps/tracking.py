@@ -6,6 +6,7 @@ twice, and what could not be logged while a server was away is logged later by `
 
 import math
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -50,6 +51,7 @@ KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
 SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
 SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
+LINK = re.compile(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', re.DOTALL)
 RUN_TAG = "pleat.run."  # with the name of an Airflow run: that run used this result
 
 
@@ -152,7 +154,11 @@ class Tracker:
             self.client.set_tag(part.info.run_id, "pleat.pipeline_run", run_id)
             self.client.set_tag(run_id, f"pleat.model_run.{model}", part.info.run_id)
         for file in sorted((self.root / "reports").glob("*.*")):
-            self.client.log_artifact(run_id, str(file), "report")
+            if file.suffix == ".html":  # MLflow shows it alone, so links to pages beside it would lead nowhere
+                text = LINK.sub(r"\1", file.read_text(encoding="utf-8"))
+                self.client.log_text(run_id, text, f"report/{file.name}")
+            else:
+                self.client.log_artifact(run_id, str(file), "report")
         self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
         self._finish(run)
 
