@@ -15,6 +15,8 @@ from pipeline_steps.errors import PleatError
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=80)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Ratio = Annotated[float, Field(gt=0)]
 MAX_FOLDS = 1000
 LONGEST_VALUE_SHOWN = 80
 
@@ -153,6 +155,50 @@ class CustomCnn(Strict):
 Model = Annotated[FrozenModel | CustomCnn, Discriminator("kind")]
 
 
+class Floors(Strict):
+    """What every promoted model must reach on the holdout."""
+
+    f1_weighted: Share
+    f1_macro: Share
+
+
+class Costs(Strict):
+    """How many times the champion's cost a candidate's may be."""
+
+    latency: Ratio
+    memory: Ratio
+    size: Ratio
+
+
+class Promotion(Strict):
+    """When a trained model takes the champion's place in MLflow's registry."""
+
+    model: Name
+    mode: Literal["auto", "approve", "dry_run"]
+    floors: Floors
+    min_gain: Share
+    confidence: Annotated[float, Field(ge=0.5, lt=1)]
+    max_class_drop: Share
+    max_cost: Costs
+
+
+class Drift(Strict):
+    """How far a delivery may lie from the training data, and whether it may bring new labels."""
+
+    label_shares: Share
+    image_statistics: Share
+    new_labels: bool
+
+
+class Inbox(Strict):
+    """Where new data arrives and when it is taken."""
+
+    source: str
+    every_minutes: Annotated[int, Field(ge=1)]
+    settle_s: Annotated[int, Field(ge=0)]
+    max_drift: Drift
+
+
 class Params(Strict):
     """The whole of params.yaml."""
 
@@ -162,6 +208,8 @@ class Params(Strict):
     split: Split
     models: dict[Name, Model]
     training: dict[Name, Training]
+    promotion: Promotion
+    inbox: Inbox
 
     @model_validator(mode="after")
     def _models_exist(self) -> "Params":
@@ -171,6 +219,14 @@ class Params(Strict):
                     known = ", ".join(sorted(defined)) or "none"
                     raise ValueError(f"`experiment.models` names '{name}', but `{block}` defines {known}")
         return self
+
+
+def flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings by dotted key."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
+    return found
 
 
 def plain_label(label: str) -> str:

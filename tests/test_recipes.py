@@ -43,6 +43,19 @@ training:
     mirror: true
   b: *training
   c: {<<: *training, max_epochs: 60}
+promotion:
+  model: pleat
+  mode: auto
+  floors: {f1_weighted: 0.5, f1_macro: 0.4}
+  min_gain: 0.0
+  confidence: 0.95
+  max_class_drop: 0.2
+  max_cost: {latency: 1.5, memory: 2.0, size: 2.0}
+inbox:
+  source: data/inbox
+  every_minutes: 30
+  settle_s: 60
+  max_drift: {label_shares: 0.5, image_statistics: 0.5, new_labels: false}
 """
 
 

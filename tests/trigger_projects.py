@@ -45,6 +45,19 @@ training:
     weight_average: 0.0
     mirror: true
   net.v2: *training
+promotion:
+  model: pleat
+  mode: auto
+  floors: {f1_weighted: 0.5, f1_macro: 0.4}
+  min_gain: 0.0
+  confidence: 0.95
+  max_class_drop: 0.2
+  max_cost: {latency: 1.5, memory: 2.0, size: 2.0}
+inbox:
+  source: data/inbox
+  every_minutes: 30
+  settle_s: 60
+  max_drift: {label_shares: 0.5, image_statistics: 0.5, new_labels: false}
 """
 OTHER = """\
 experiment: {recipe: other, seed: 2, batches: [elsewhere], models: [half], folds: [0, 1]}
@@ -59,6 +72,10 @@ training:
   half: &training {head: {hidden: 0, dropout: 0.2}, max_epochs: 1, patience: 1, inner_fraction: 0.5, batch_size: 1,
     learning_rate: 1, weight_decay: 0, label_smoothing: 0, class_weights: balanced, weight_average: 0, mirror: false}
   net.v2: {<<: *training, max_epochs: 60}
+promotion: {model: other, mode: approve, floors: {f1_weighted: 0, f1_macro: 1}, min_gain: 1, confidence: 0.5,
+  max_class_drop: 0, max_cost: {latency: 1, memory: 1, size: 1}}
+inbox: {source: "s3://bucket/on", every_minutes: 1, settle_s: 0,
+  max_drift: {label_shares: 1, image_statistics: 0, new_labels: true}}
 """
 
 
