@@ -60,8 +60,8 @@ class Bench:
     def __init__(self, data: Path, n_images: int) -> None:
         import torch
 
+        from pipeline_steps.serving.upright import is_plain_jpeg, open_image
         from pipeline_steps.vision import backbones
-        from pipeline_steps.vision.upright import is_plain_jpeg, open_image
 
         self.torch_threads = torch.get_num_threads()
         self.backbone, self.preprocessing = backbones.load_backbone(MODEL, data / "weights" / f"{MODEL}.safetensors")

@@ -8,14 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
-import pyarrow as pa
-import pyarrow.compute as pc
 from sklearn.metrics import confusion_matrix
 
 from pipeline_steps import metrics, pages, plots
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_text
 from pipeline_steps.metrics import Ints
+from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say
 
@@ -246,22 +245,11 @@ def mistakes(predictions: Predictions, root: Path) -> pd.DataFrame:
         folder = root / "data" / "ingest" / str(batch)
         manifest = read_parquet(folder / "manifest.parquet")
         path_of |= dict(zip(manifest["sample_id"], manifest["source_path"], strict=True))
-        image_of |= _read_images(folder / "images.arrow", list(rows["sample_id"]))
+        image_of |= read_images(folder / "images.arrow", list(rows["sample_id"]))
     lost = worst["sample_id"][~worst["sample_id"].isin(path_of.keys() & image_of.keys())]
     if len(lost):
         raise PleatError(f"data/ingest does not hold the sample {lost.iloc[0]} of data/split/folds.parquet. {MEND}")
     return worst.assign(source_path=worst["sample_id"].map(path_of), encoded=worst["sample_id"].map(image_of))
-
-
-def _read_images(path: Path, sample_ids: list[str]) -> dict[str, bytes]:
-    if not path.exists():
-        raise PleatError(f"{path} is missing: the stage that writes it has not run; run `dvc repro`.")
-    # Memory-mapped, so of a file of gigabytes only the ids and the few images asked for are read.
-    with pa.memory_map(str(path)) as file:
-        table = pa.ipc.open_file(file).read_all()
-        rows = pc.index_in(pa.array(sample_ids, pa.string()), table["sample_id"].combine_chunks())
-        found = zip(sample_ids, rows.to_pylist(), strict=True)
-        return {sample_id: table["bytes"][row].as_py() for sample_id, row in found if row is not None}
 
 
 def write_report(

@@ -21,7 +21,7 @@ from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, write_json, write_parquet
 from pipeline_steps.params import Ingest, Params
 from pipeline_steps.progress import say, track
-from pipeline_steps.vision.upright import FORMATS, is_plain_jpeg, open_image, upright_rgb
+from pipeline_steps.serving.upright import FORMATS, is_plain_jpeg, open_image, upright_rgb
 
 QUARANTINE_COLUMNS = ["batch", "source_path", "label", "reason", "detail"]
 PACK_SCHEMA = pa.schema([("sample_id", pa.string()), ("bytes", pa.large_binary()), ("plain_jpeg", pa.bool_())])

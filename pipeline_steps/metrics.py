@@ -45,6 +45,9 @@ class Spread:
 
 def class_scores(actual: Ints, predicted: Ints, n_classes: int) -> ClassScores:
     """Precision, recall and F1 of each class; a class that occurs but is never predicted right has F1 0."""
+    if not len(actual):  # scikit-learn refuses that
+        undefined = np.full(n_classes, NAN)
+        return ClassScores(np.zeros(n_classes, dtype=np.int64), undefined, undefined, undefined)
     precision, recall, f1, support = precision_recall_fscore_support(
         actual, predicted, labels=range(n_classes), zero_division=NAN
     )

@@ -99,7 +99,7 @@ def confusion(path: Path, counts: Ints, classes: Sequence[str]) -> None:
         axes.set_title("Actual class against prediction", loc="left")
         axes.set_xlabel("predicted")
         axes.set_ylabel("actual")
-        axes.set_xticks(range(size), names, rotation=90 if size > 4 else 0, fontsize=tick_pt)
+        axes.set_xticks(range(size), names, rotation=90 if size > 4 or longest_in > cell_in else 0, fontsize=tick_pt)
         axes.set_yticks(range(size), names, fontsize=tick_pt)
         axes.tick_params(length=0)
         axes.grid(False)

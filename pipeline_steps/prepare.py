@@ -69,7 +69,7 @@ def _features(
 def _pixels(settings: CustomCnn, images: Iterator[tuple[bytes, bool]]) -> Iterator[np.ndarray]:
     import torch
 
-    from pipeline_steps.vision.images import decode, resize_crop
+    from pipeline_steps.serving.images import decode, resize_crop
 
     torch.set_num_threads(1)  # parallel over images instead
     size = settings.input_size

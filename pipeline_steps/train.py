@@ -68,7 +68,7 @@ def run(
         inputs, labels = type(inputs)(inputs.values.to(device)), codes.to(device)
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
-            network, inputs, labels, learn.to(device), inner.to(device), _schedule(training, seed), checkpoint, version,
+            network, inputs, labels, learn.to(device), inner.to(device), schedule(training, seed), checkpoint, version,
             report, go_on,
         )  # fmt: skip
         network.load_state_dict(fitted.state)
@@ -157,8 +157,10 @@ def build_network(settings: Model, training: Training, inputs: Inputs, n_classes
     return Head(inputs.values.shape[-1], n_classes, head.hidden, head.dropout)
 
 
-def _schedule(training: Training, seed: int) -> Schedule:
+def schedule(training: Training, seed: int, n_epochs: int | None = None) -> Schedule:
+    """The engine's settings; `n_epochs` where no inner part chooses the epoch."""
     return Schedule(
+        n_epochs=n_epochs,
         max_epochs=training.max_epochs,
         patience=training.patience,
         batch_size=training.batch_size,

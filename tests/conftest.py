@@ -198,6 +198,31 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def refitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which a small CNN for drawn images is refitted and packaged; tests only read it."""
+    from refit_workspace import drawn, make, settings
+
+    from pipeline_steps import refit
+
+    root = make(tmp_path_factory.mktemp("refitted"), settings(), drawn())
+    refit.run(settings(), root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def refitted_on_photos(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a frozen MobileNetV2 on real photos."""
+    from refit_workspace import frozen, make, photos, settings
+
+    from pipeline_steps import refit
+
+    params = settings(frozen(real_data))
+    root = make(tmp_path_factory.mktemp("refitted_on_photos"), params, photos(real_data))
+    refit.run(params, root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def served(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Served]":
     """Airflow and MLflow as `make airflow` starts them, in a project with quick settings."""
     from airflow_served import served_in

@@ -17,6 +17,7 @@ from pipeline_steps.vision.networks import CustomCnn, Head
 from pipeline_steps.vision.optimizer import EagerAdamW
 
 SCHEDULE = Schedule(
+    n_epochs=None,
     max_epochs=8,
     patience=8,
     batch_size=16,
@@ -137,6 +138,64 @@ def test_without_averaging_the_weights_are_those_of_the_best_epoch(tmp_path: Pat
     follow = lambda _: kept.append(network.body[1].running_mean.clone())  # noqa: E731
     fitted = run(network, pixels(), tmp_path / "c.pt", follow, schedule)
     assert torch.equal(fitted.state["body.1.running_mean"], kept[fitted.best_epoch - 1])
+
+
+@pytest.mark.parametrize(("build", "inputs"), [(head, features), (cnn, pixels)], ids=["head", "cnn"])
+@pytest.mark.parametrize("n_epochs", [1, 5, 8])
+def test_without_an_inner_part_it_takes_the_very_path_of_a_fold(build, inputs, n_epochs: int, tmp_path: Path) -> None:
+    """The same weights after as many epochs, whether or not an inner part was scored after each of them."""
+    averages: list[dict[str, torch.Tensor]] = []
+
+    def follow(_: Epoch) -> None:
+        state = torch.load(tmp_path / "fold.pt", weights_only=True)["average"]
+        averages.append({name.removeprefix("module."): tensor for name, tensor in state.items()})
+
+    fold = run(build(), inputs(), tmp_path / "fold.pt", follow)
+    schedule = replace(SCHEDULE, n_epochs=n_epochs)
+    alone = fit(build(), inputs(), labels(), TRAIN, None, schedule, tmp_path / "alone.pt", "v1", lambda _: None)
+    assert alone.best_epoch == len(alone.history) == n_epochs
+    assert [line.train_loss for line in alone.history] == [line.train_loss for line in fold.history[:n_epochs]]
+    assert all(line.inner_loss is None and line.inner_f1_weighted is None for line in alone.history)
+    for name, tensor in alone.state.items():
+        assert torch.equal(tensor, averages[n_epochs - 1][name]), name
+
+
+def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_path: Path) -> None:
+    """Smith & Topin's cycle by hand: up along a cosine over a fifth of all steps, then down; 4 steps an epoch."""
+    rates: list[float] = []
+
+    def follow(_: Epoch) -> None:
+        rates.append(torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
+
+    schedule, peak = replace(SCHEDULE, n_epochs=5), SCHEDULE.learning_rate
+    fit(head(), features(), labels(), TRAIN, None, schedule, tmp_path / "c.pt", "v1", follow)
+    total, rise = 8 * 4 - 1, 0.2 * 8 * 4 - 1  # of the last step and of the highest
+    for step, rate in zip(range(4, 24, 4), rates, strict=True):
+        if step <= rise:
+            start, end, share = peak / 25, peak, step / rise
+        else:
+            start, end, share = peak, peak / 25 / 1e4, (step - rise) / (total - rise)
+        assert rate == pytest.approx(end + (start - end) * (1 + np.cos(np.pi * share)) / 2), step
+    assert rates[-1] > 0.2 * peak, "a cycle of five epochs would have ended near 0"
+
+
+def test_an_interrupted_training_without_an_inner_part_ends_with_the_same_bits(tmp_path: Path) -> None:
+    def train(checkpoint: str, on_epoch=lambda _: None) -> Fitted:
+        schedule = replace(SCHEDULE, n_epochs=6)
+        return fit(cnn(), pixels(), labels(), TRAIN, None, schedule, tmp_path / checkpoint, "v1", on_epoch)
+
+    def interrupt(epoch: Epoch) -> None:
+        if epoch.epoch == 2:
+            raise KeyboardInterrupt
+
+    undisturbed = train("undisturbed.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train("interrupted.pt", interrupt)
+    trained: list[Epoch] = []
+    resumed = train("interrupted.pt", trained.append)
+    assert [epoch.epoch for epoch in trained] == [3, 4, 5, 6]
+    assert resumed.history == undisturbed.history
+    assert all(torch.equal(tensor, undisturbed.state[name]) for name, tensor in resumed.state.items())
 
 
 def test_patience_counts_epochs_without_a_better_score(tmp_path: Path) -> None:

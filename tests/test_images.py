@@ -15,8 +15,8 @@ from conftest import draw, encode, load_params, write_batch
 from PIL import Image
 
 from pipeline_steps import ingest
-from pipeline_steps.vision.images import decode, resize_crop
-from pipeline_steps.vision.upright import is_plain_jpeg, open_image
+from pipeline_steps.serving.images import decode, resize_crop
+from pipeline_steps.serving.upright import is_plain_jpeg, open_image
 
 ORIENTATION = 0x0112
 # What is stored, as the picture that is meant, for each value of EXIF's orientation (TIFF 6.0, page 36).

@@ -195,7 +195,11 @@ def test_undefined_cases_stay_undefined() -> None:
     assert (found["f1_weighted"], found["f1_macro"]) == pytest.approx((2 / 3 * 0.5, 0.5 / 3))
     only_one_class = np.zeros(3, dtype=np.int64)
     assert np.isnan(metrics.roc_auc_by_class(only_one_class, np.full((3, 2), 0.5))).all()
-    nothing = metrics.headlines(np.array([], dtype=np.int64), np.empty((0, 2)))
+    empty = np.array([], dtype=np.int64)
+    scores = metrics.class_scores(empty, empty, 2)
+    assert scores.support.tolist() == [0, 0]
+    assert np.isnan([scores.precision, scores.recall, scores.f1]).all()
+    nothing = metrics.headlines(empty, np.empty((0, 2)))
     assert tuple(nothing) == metrics.HEADLINES
     assert np.isnan(list(nothing.values())).all()
 

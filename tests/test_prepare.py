@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline_steps import ingest, prepare
 from pipeline_steps.errors import PleatError
+from pipeline_steps.serving.images import decode, resize_crop
 from pipeline_steps.vision.backbones import extract, load_backbone
-from pipeline_steps.vision.images import decode, resize_crop
 from pipeline_steps.vision.weights import check_weights
 
 N_IMAGES = 12

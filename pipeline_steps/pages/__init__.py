@@ -15,7 +15,7 @@ from PIL import Image
 from pipeline_steps.metrics import HEADLINES
 from pipeline_steps.plots import LABELS
 from pipeline_steps.plots_compare import with_unit
-from pipeline_steps.vision.upright import upright_rgb
+from pipeline_steps.serving.upright import upright_rgb
 
 if TYPE_CHECKING:
     from pipeline_steps.compare import Choice
@@ -58,7 +58,7 @@ def model_page(
             pairs=pairs.to_dict("records"),
             gallery=gallery,
             n_wrong=round(summary["n_samples"] * (1 - summary["accuracy"]["pooled"])),
-            picture={path.stem: embedded_png(path) for path in sorted(pictures.glob("*.png"))},
+            picture=pictures_of(pictures),
             headlines=HEADLINES,
             label=LABELS,
         )
@@ -108,6 +108,16 @@ def landing_page(
             label=LABELS,
         )
     )
+
+
+def render(template: str, **content: Any) -> str:
+    """Fills in one of the templates beside this file; all data is escaped for HTML, which Markdown may hold too."""
+    return _environment().get_template(template).render(**content)
+
+
+def pictures_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """The PNG files of a folder by their stems, ready to be shown."""
+    return {path.stem: embedded_png(path) for path in sorted(folder.glob("*.png"))}
 
 
 def thumbnail(encoded: bytes) -> str | None:

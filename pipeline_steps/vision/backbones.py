@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from pipeline_steps.errors import PleatError
-from pipeline_steps.vision.images import decode, resize_crop
+from pipeline_steps.serving.images import decode, resize_crop
 from pipeline_steps.vision.weights import check_weights, unknown_model
 
 GPU_BATCH = 256

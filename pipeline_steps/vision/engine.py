@@ -22,18 +22,22 @@ SCORE_BATCH = 512
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the history; losses are cross entropies in nats."""
+    """One line of the history; losses are cross entropies in nats; None where there is no inner part."""
 
     epoch: int
     train_loss: float
-    inner_loss: float
-    inner_f1_weighted: float
+    inner_loss: float | None
+    inner_f1_weighted: float | None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training loop's settings, as in the `training` block of params.yaml."""
+    """The training loop's settings, as in the `training` block of params.yaml.
 
+    `n_epochs` is the number of epochs where no inner part chooses it; `max_epochs` still sets the learning rate.
+    """
+
+    n_epochs: int | None
     max_epochs: int
     patience: int
     batch_size: int
@@ -60,7 +64,7 @@ def fit(
     inputs: Inputs,
     labels: Tensor,
     train_rows: Tensor,
-    inner_rows: Tensor,
+    inner_rows: Tensor | None,
     schedule: Schedule,
     checkpoint: Path,
     inputs_version: str,
@@ -68,6 +72,8 @@ def fit(
     on_resume: Callable[[list[Epoch]], None] = lambda _: None,
 ) -> Fitted:
     """Trains `network` and returns the weights of the epoch with the best weighted F1 on the inner rows.
+
+    Without inner rows, it trains for `schedule.n_epochs` and returns the last epoch's weights.
 
     After every epoch the whole state is saved in `checkpoint`; a later call with the same arguments goes on from it
     and ends with the same weights as an undisturbed run (on a CPU, bit for bit). A checkpoint of other arguments is
@@ -77,7 +83,7 @@ def fit(
         network: takes what `inputs.batch` gives, returns logits (batch, n_classes).
         labels: int64 (n,), the class index of each row of `inputs`.
         train_rows: int64, rows to learn from.
-        inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold.
+        inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold; or None.
         inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
         on_epoch: called with each epoch that this call finishes.
         on_resume: called first with the epochs that the checkpoint holds, where there is one that fits.
@@ -110,18 +116,11 @@ def fit(
         history = [Epoch(**line) for line in json.loads(saved["history"])]
         on_resume(history)
 
-    while len(history) < schedule.max_epochs and len(history) - best_epoch(history) < schedule.patience:
+    last = schedule.max_epochs if schedule.n_epochs is None else schedule.n_epochs
+    while len(history) < last and len(history) - best_epoch(history) < schedule.patience:
         train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, cycle, average, loss)
-        probabilities = predict(average.module, inputs, inner_rows, schedule.mirror)
-        truth = labels[inner_rows]
-        line = Epoch(
-            epoch=len(history) + 1,
-            train_loss=train_loss,
-            inner_loss=float(nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), truth)),
-            inner_f1_weighted=float(
-                f1_score(truth.cpu(), probabilities.argmax(1).cpu(), average="weighted", zero_division=0.0)
-            ),
-        )
+        scores = _inner_scores(average.module, inputs, labels, inner_rows, schedule.mirror)
+        line = Epoch(len(history) + 1, train_loss, *scores)
         history.append(line)
         if best_epoch(history) == line.epoch:
             best = _copy(average.module)
@@ -155,8 +154,9 @@ def predict(network: nn.Module, inputs: Inputs, rows: Tensor, mirror: bool) -> T
 
 
 def best_epoch(history: list[Epoch]) -> int:
-    """Number of the first epoch with the highest inner weighted F1; 0 before the first."""
-    return max(history, key=lambda line: line.inner_f1_weighted).epoch if history else 0
+    """Number of the first epoch with the highest inner weighted F1, or of the last one without an inner part."""
+    scores = [line.inner_f1_weighted for line in history if line.inner_f1_weighted is not None]
+    return scores.index(max(scores)) + 1 if scores else len(history)
 
 
 def class_weights(labels: Tensor, n_classes: int) -> Tensor:
@@ -194,11 +194,27 @@ def _train_epoch(
     return float(total) / len(rows)
 
 
+def _inner_scores(
+    network: nn.Module, inputs: Inputs, labels: Tensor, rows: Tensor | None, mirror: bool
+) -> tuple[float | None, float | None]:
+    """Cross entropy and weighted F1 on the inner rows."""
+    if rows is None:
+        return None, None
+    probabilities, truth = predict(network, inputs, rows, mirror), labels[rows]
+    loss = float(nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), truth))
+    return loss, float(f1_score(truth.cpu(), probabilities.argmax(1).cpu(), average="weighted", zero_division=0.0))
+
+
 def _fingerprint(
-    network: nn.Module, labels: Tensor, train_rows: Tensor, inner_rows: Tensor, schedule: Schedule, inputs_version: str
+    network: nn.Module,
+    labels: Tensor,
+    train_rows: Tensor,
+    inner_rows: Tensor | None,
+    schedule: Schedule,
+    inputs_version: str,
 ) -> str:
     digest = hashlib.sha256(repr((schedule, str(network), inputs_version)).encode())
-    for tensor in (*network.state_dict().values(), labels, train_rows, inner_rows):
+    for tensor in (*network.state_dict().values(), labels, train_rows, *([] if inner_rows is None else [inner_rows])):
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
     return digest.hexdigest()
 

@@ -1,0 +1,7 @@
+"""What travels with a model into MLflow, as a package under another name: hence the relative imports.
+
+Nothing here may import more than what these name.
+"""
+
+CLASSIFIER_REQUIRES = ("numpy", "onnxruntime", "pillow", "torch", "torchvision")
+REQUIRES = (*CLASSIFIER_REQUIRES, "mlflow", "pandas")  # with `pyfunc`, as MLflow serves the classifier

@@ -1,0 +1,122 @@
+"""A workspace in which all that `refit` reads exists: images ingested and prepared, folds and their scores made up.
+
+Every fourth image is of the holdout; the folds chose `BEST_EPOCHS`.
+"""
+
+import csv
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from conftest import draw, encode, load_params, write_batch
+from PIL import Image
+
+from pipeline_steps import ingest, prepare, profile
+from pipeline_steps.files import write_json
+from pipeline_steps.metrics import HEADLINES
+from pipeline_steps.packed import read_images
+from pipeline_steps.params import Params
+
+MODEL, BATCH = "chosen", "batch"
+BEST_EPOCHS = [2, 6, 3]  # of the folds; the median is neither the mean nor the last
+EPOCHS = 3
+CLASSES = ["<script>alert(1)</script>", "Hat|Cap", "Pants"]
+TINTS = dict(zip(CLASSES, [(220, 30, 30), (30, 200, 40), (40, 40, 230)], strict=True))
+TRAINING = {
+    "head": {"hidden": 0, "dropout": 0.1}, "max_epochs": 8, "patience": 8, "inner_fraction": 0.2, "batch_size": 8,
+    "learning_rate": 0.02, "weight_decay": 0.01, "label_smoothing": 0.0, "class_weights": "balanced",
+    "weight_average": 0.5, "mirror": True,
+}  # fmt: skip
+CNN = {
+    "kind": "custom_cnn", "input_size": 32,
+    "blocks": [{"filters": 8, "kernel": 3, "pool": 2}, {"filters": 12, "kernel": 3, "pool": 2}],
+}  # fmt: skip
+QUARANTINED = {"undecodable": 3, "dropped label": 1307}
+
+
+def settings(model: Mapping[str, Any] = CNN, **overrides: Any) -> Params:
+    experiment = {"experiment.models": [MODEL], "experiment.batches": [BATCH], "experiment.folds": [0, 1, 2]}
+    return load_params({**experiment, "models": {MODEL: model}, "training": {MODEL: TRAINING}, **overrides})
+
+
+def drawn(n: int = 48) -> dict[str, tuple[str, bytes]]:
+    """Images that a small network learns in a few epochs: blobs under the colour of their class."""
+    images = {}
+    for number in range(n):
+        label = CLASSES[(0, 1, 2, 0)[number % 4]]  # so that weighted and macro scores differ
+        tinted = Image.blend(draw(number), Image.new("RGB", (48, 64), TINTS[label]), 0.25)
+        images[f"{number:03d}"] = (label, encode(tinted, quality=90))
+    return images
+
+
+def photos(real_data: Path, n: int = 60) -> dict[str, tuple[str, bytes]]:
+    """As many photos of shoes, of pants and of dresses, from the real clothing images."""
+    folder, images, left = real_data / "data" / "clothing", {}, dict.fromkeys(("Shoes", "Pants", "Dress"), n // 3)
+    with (folder / "images.csv").open(newline="") as file:
+        for row in csv.DictReader(file):
+            path = folder / "images" / f"{row['image']}.jpg"
+            if left.get(row["label"], 0) and path.exists():
+                left[row["label"]] -= 1
+                images[row["image"]] = (row["label"], path.read_bytes())
+    return images
+
+
+def frozen(real_data: Path) -> dict[str, Any]:
+    weights = real_data / "weights" / "mobilenetv2_100.safetensors"
+    return {"kind": "frozen", "backbone": "mobilenetv2_100", "weights": str(weights)}
+
+
+def make(root: Path, params: Params, images: Mapping[str, tuple[str, bytes]]) -> Path:
+    """Writes the workspace; `images` are label and encoded bytes by id."""
+    write_batch(
+        root, BATCH, {name: label for name, (label, _) in images.items()},
+        {f"{name}.jpg": encoded for name, (_, encoded) in images.items()},
+    )  # fmt: skip
+    ingest.run(params, BATCH, root)
+    prepare.run(params, MODEL, BATCH, root)
+    rows = pd.read_parquet(root / "data" / "ingest" / BATCH / "manifest.parquet")[["sample_id", "batch", "label"]]
+    assert len(rows) == len(images)
+    rows["group"] = rows["sample_id"]
+    place = rows.groupby("label").cumcount()
+    rows["side"] = np.where(place % 4 == 3, "holdout", "train")
+    rows["fold"] = np.where(rows["side"] == "train", place % 3, -1)
+    (root / "data" / "split").mkdir(parents=True)
+    write_folds(root, lambda _: rows)
+    for fold, best in enumerate(BEST_EPOCHS):
+        write_json(root / "data" / "train" / MODEL / f"fold_{fold}" / "metrics.json", {"best_epoch": best, "epochs": 8})
+    spread = {"mean": 0.8, "std": 0.04, "ci95_low": 0.7, "ci95_high": 0.9, "folds": [0.76, 0.8, 0.84], "pooled": 0.8}
+    scores = dict.fromkeys(HEADLINES, spread) | {"n_samples": 36, "n_classes": 3, "epochs": BEST_EPOCHS}
+    write_json(root / "data" / "evaluate" / MODEL / "metrics.json", scores)
+    write_json(root / "data" / "validate" / "counts.json", {"quarantine": QUARANTINED})
+    write_json(root / "data" / "compare" / "chosen.json", {"model": MODEL})
+    profile.run(params, MODEL, root)
+    return root
+
+
+def write_folds(root: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    """Writes folds.parquet anew, as `change` makes it of what it is."""
+    path = root / "data" / "split" / "folds.parquet"
+    change(pd.read_parquet(path) if path.exists() else pd.DataFrame()).to_parquet(path, index=False)
+
+
+def folds(root: Path) -> pd.DataFrame:
+    """The samples, by id."""
+    return pd.read_parquet(root / "data" / "split" / "folds.parquet").set_index("sample_id")
+
+
+def encoded_images(root: Path, sample_ids: Sequence[str]) -> list[bytes]:
+    """The images as they were ingested, in this order."""
+    found = read_images(root / "data" / "ingest" / BATCH / "images.arrow", list(sample_ids))
+    return [found[sample_id] for sample_id in sample_ids]
+
+
+def holdout(root: Path) -> pd.DataFrame:
+    """What refit answered on the holdout."""
+    return pd.read_parquet(root / "data" / "refit" / "holdout.parquet")
+
+
+def probabilities(rows: pd.DataFrame) -> np.ndarray:
+    """The columns p:CLASS of `holdout`, (n, c)."""
+    return rows[[name for name in rows if name.startswith("p:")]].to_numpy()
