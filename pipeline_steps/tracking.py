@@ -13,15 +13,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import numpy as np
 import pandas as pd
 from filelock import FileLock
 
+from pipeline_steps.buckets import redact
 from pipeline_steps.files import read_json, read_parquet
-from pipeline_steps.metrics import headlines
-from pipeline_steps.params import Params
+from pipeline_steps.metrics import HEADLINES, headlines
+from pipeline_steps.params import Params, flat
 from pipeline_steps.progress import say
 from pipeline_steps.versions import (
     EXPERIMENT,
@@ -39,6 +39,7 @@ os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # two lines a run
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")  # for a dozen small files
 
 import mlflow
 import requests
@@ -61,11 +62,15 @@ def tolerant() -> Iterator[None]:
     try:
         yield
     except (MlflowException, OSError) as error:  # the exceptions of requests are OSErrors
-        reason = " ".join(str(error).split())[:160]
         say(
-            f"MLflow at {_without_password(tracking_uri())} cannot be used ({type(error).__name__}: {reason}). "
+            f"MLflow at {redact(tracking_uri())} cannot be used ({reason_of(error)}). "
             "Nothing is lost: results stay in data/ and reports/. Run `pleat sync` once MLflow is back."
         )
+
+
+def reason_of(error: Exception) -> str:
+    """What MLflow says of a failure, short and without passwords."""
+    return redact(f"{type(error).__name__}: {' '.join(str(error).split())}")[:180]
 
 
 def tracking_uri() -> str:
@@ -162,6 +167,19 @@ class Tracker:
         self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
         self._finish(run)
 
+    def refit(self, about: Mapping[str, Any]) -> str:
+        """The run that the refitted model belongs to, below the pipeline's; `about` is data/refit/metrics.json."""
+        pipeline, _ = self._pipeline_run()
+        model, key = about["model"], digest("refit", about["package"])
+        run = self._find_or_create(f"{model} refit", key, "refit", model, pipeline.info.run_id)
+        if run.info.status != "FINISHED":
+            scores = {f"holdout_{name}": about[name] for name in HEADLINES if name in about}
+            counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout")}
+            self.client.log_batch(run.info.run_id, metrics=_metrics({**counts, **scores}, step=0))
+            self.client.log_artifacts(run.info.run_id, str(self.root / "reports" / "model_card"), "model_card")
+            self._finish(run)
+        return str(run.info.run_id)
+
     def sync(self) -> str | None:
         """Logs whatever finished stages have left in this folder and MLflow does not have.
 
@@ -249,10 +267,10 @@ class Tracker:
     def _params(self, model: str | None, more: Mapping[str, Any]) -> list[Param]:
         experiment = self.params.experiment
         values: dict[str, Any] = {"batches": experiment.batches, "folds": len(experiment.folds), **more}
-        values |= {"seed": experiment.seed, **_flat("split", self.params.split.model_dump())}
+        values |= {"seed": experiment.seed, **flat("split", self.params.split.model_dump())}
         if model:
-            values |= {"model": model, **_flat("model", self.params.models[model].model_dump())}
-            values |= _flat("training", self.params.training[model].model_dump())
+            values |= {"model": model, **flat("model", self.params.models[model].model_dump())}
+            values |= flat("training", self.params.training[model].model_dump())
         return [Param(key, str(value)[:6000]) for key, value in values.items()]
 
     def _log_dataset(self, run_id: str) -> None:
@@ -265,19 +283,41 @@ class Tracker:
         self.client.log_inputs(run_id, [entity])
 
 
+def is_trained(data_version: str, recipe: str) -> bool:
+    """Whether a run of the whole pipeline on this data has finished.
+
+    Raises:
+        MlflowException, OSError: MLflow cannot be reached; see `tolerant`.
+    """
+    return bool(_pipeline_runs({"data_version": data_version, "recipe": recipe}, "attributes.status = 'FINISHED' and "))
+
+
+def newest_pipeline_run() -> Run | None:
+    """The run of the whole pipeline that began last.
+
+    Raises:
+        MlflowException, OSError: MLflow cannot be reached; see `tolerant`.
+    """
+    return next(iter(_pipeline_runs({})), None)
+
+
+def _pipeline_runs(tags: Mapping[str, str], condition: str = "") -> list[Run]:
+    client = MlflowClient(tracking_uri())
+    found = client.get_experiment_by_name(EXPERIMENT)
+    if found is None:
+        return []
+    wanted = {"kind": "pipeline", **tags}.items()
+    query = condition + " and ".join(f"tags.`pleat.{tag}` = '{value}'" for tag, value in wanted)
+    newest = ["attributes.start_time DESC"]
+    return list(client.search_runs([found.experiment_id], query, max_results=1, order_by=newest))
+
+
 def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
     """The headline scores of one fold's predictions (columns label and `p:CLASS`)."""
     classes = [column.removeprefix("p:") for column in map(str, predictions) if column.startswith("p:")]
     number = {name: code for code, name in enumerate(classes)}
     actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
     return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat |= _flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
-    return flat
 
 
 def _metrics(values: Mapping[str, float | None], step: int) -> list[Metric]:
@@ -287,8 +327,3 @@ def _metrics(values: Mapping[str, float | None], step: int) -> list[Metric]:
         for key, value in values.items()
         if key != "epoch" and value is not None and not math.isnan(value)
     ]
-
-
-def _without_password(uri: str) -> str:
-    split = urlsplit(uri)
-    return split._replace(netloc=split.netloc.rpartition("@")[2]).geturl() if "@" in split.netloc else uri

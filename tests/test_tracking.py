@@ -117,7 +117,7 @@ def test_an_unreachable_server_costs_no_result_and_sync_catches_up(workspace: Pa
     done = run(workspace, "pleat", "evaluate", MODEL, MLFLOW_TRACKING_URI=away)
     assert done.returncode == 0, done.stderr
     assert (workspace / "reports" / "models" / MODEL / "index.html").exists()
-    assert "MLflow at http://127.0.0.1:1 cannot be used" in done.stdout
+    assert "MLflow at http://***@127.0.0.1:1 cannot be used" in done.stdout
     assert "pleat sync" in done.stdout
     assert "secret" not in done.stdout + done.stderr
     failed = run(workspace, "pleat", "sync", MLFLOW_TRACKING_URI=away)
