@@ -1,8 +1,8 @@
-"""Downloading a data set from S3 or any store that speaks its protocol."""
+"""Downloading a data set from S3 or any store that speaks its protocol, and uploading a file to it."""
 
 import re
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,8 @@ def download(source: str, folder: Path) -> None:
         PleatError: the address is wrong, nothing lies below it, a key leads outside the folder, credentials are missing
             or refused, or the store cannot be reached.
     """
-    # Imported here, because boto3 takes half a second that no other source needs.
-    import boto3
-    from boto3.exceptions import Boto3Error
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-
     bucket, prefix = split_address(source)
-    try:
-        # A session of its own: the default one would remember credentials that are gone since.
-        client = boto3.Session().client("s3", config=Config(max_pool_connections=N_THREADS))
+    with connected(source, "download") as client:
         objects = _list(client, bucket, prefix)
         files = {key: target_of(key[len(prefix) :], folder, source) for key in objects}
         wanted = [(key, path, objects[key]) for key, path in files.items() if path is not None]
@@ -49,18 +41,50 @@ def download(source: str, folder: Path) -> None:
         with closing(_fetch(client, bucket, wanted)) as steps:
             for _ in track(steps, f"download {source}", len(wanted), "objects"):
                 pass
-    except NoCredentialsError:
+
+
+def upload(path: Path, address: str) -> None:
+    """Uploads a file as the object `s3://bucket/key`, which appears only when it is complete.
+
+    Raises:
+        PleatError: the address is wrong, credentials are missing or refused, or the store cannot be reached.
+    """
+    bucket, key = split_object(address)
+    with connected(address, "upload to") as client, path.open("rb") as file:
+        client.upload_fileobj(file, bucket, key)  # upload_file would wrap what the store answers
+
+
+@contextmanager
+def connected(source: str, verb: str) -> Iterator[Any]:
+    """Yields an S3 client by boto3's usual settings; what goes wrong with it in the block becomes a sentence.
+
+    Raises:
+        PleatError: credentials are missing or refused, or the store refuses or cannot be reached; temporary where it
+            may go better later.
+    """
+    # Imported here, because boto3 takes half a second that no other source needs.
+    import boto3
+    from boto3.exceptions import Boto3Error
+    from botocore import exceptions
+    from botocore.config import Config
+
+    try:
+        # A session of its own: the default one would remember credentials that are gone since.
+        yield boto3.Session().client("s3", config=Config(max_pool_connections=N_THREADS))
+    except exceptions.NoCredentialsError:
         raise PleatError(
             f"No credentials were found for {source}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE "
             "(and AWS_ENDPOINT_URL for a store other than AWS)."
         ) from None
-    except ClientError as error:
+    except exceptions.ClientError as error:
         answer = error.response.get("Error", {})
         code = str(answer.get("Code"))
         reason = REMEDIES.get(code, f"the store answered {code}: {answer.get('Message')}")
-        raise PleatError(f"Could not download {source}: {reason}.") from error
-    except (BotoCoreError, Boto3Error) as error:
-        raise PleatError(f"Could not download {source}: {redact(str(error)).rstrip('.')}.") from error
+        raise PleatError(f"Could not {verb} {source}: {reason}.", temporary=code not in REMEDIES) from error
+    except (exceptions.BotoCoreError, Boto3Error) as error:
+        away = isinstance(error, (exceptions.ConnectionError, exceptions.HTTPClientError))
+        reason = redact(str(error)).rstrip(".")
+        raise PleatError(f"Could not {verb} {source}: {reason}.", temporary=away) from error
 
 
 def split_address(source: str) -> tuple[str, str]:
@@ -75,6 +99,18 @@ def split_address(source: str) -> tuple[str, str]:
     prefix = (found[2] or "").strip("/")
     # Without the slash `photos` would bring `photos-old/` as well.
     return found[1], f"{prefix}/" if prefix else ""
+
+
+def split_object(address: str) -> tuple[str, str]:
+    """Splits `s3://bucket/some/key` into the bucket and the key.
+
+    Raises:
+        PleatError: there is no bucket's name or no key, or the key ends in a slash as a folder's does.
+    """
+    bucket, prefix = split_address(address)
+    if not prefix or address.endswith("/"):
+        raise PleatError(f"Expected the address of a file such as s3://bucket/folder/a, but got '{redact(address)}'.")
+    return bucket, prefix.rstrip("/")
 
 
 def redact(text: str) -> str:
