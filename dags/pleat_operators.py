@@ -6,13 +6,15 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import BaseOperator, BaseOperatorLink, Context
-from airflow.sdk.exceptions import AirflowException, AirflowFailException
+from airflow.sdk import Asset, BaseOperator, BaseOperatorLink, Context
+from airflow.sdk.exceptions import AirflowException, AirflowFailException, AirflowSkipException
 
 ROOT = Path(__file__).resolve().parents[1]
+APPROVE, DECLINE = "Approve", "Decline"
 ADVICE = "Use `dvc push` to send your updates to remote storage."  # meant for a person at a terminal
 
 
@@ -90,8 +92,17 @@ class SetupOperator(StepOperator):
     operator_extra_links = (PageLink("MLflow"),)
 
     def execute(self, context: Context) -> dict[str, Any]:
-        """Returns the run's description, which every later task gets."""
-        return self.step(context, {"do": "setup", "conf": dict(context["params"])})
+        """Returns the run's description, which every later task gets.
+
+        Raises:
+            AirflowSkipException: nobody triggered the run, and its data was trained on before.
+        """
+        run_type = context["dag_run"].run_type
+        by_hand = getattr(run_type, "value", run_type) == "manual"
+        run = self.step(context, {"do": "setup", "conf": dict(context["params"]), "by_hand": by_hand})
+        if "skip" in run:
+            raise AirflowSkipException(run["skip"])
+        return run
 
 
 class StageOperator(StepOperator):
@@ -117,10 +128,74 @@ class StageOperator(StepOperator):
             for one in [returned] if isinstance(returned, dict) else returned:
                 locks |= one["lock"]
         done = self.step(context, {"do": "stage", "run": self.described, "address": self.address, "locks": locks})
-        return {"lock": {self.address: done["lock"]}}
+        return {"lock": {self.address: done["lock"]}, "waiting": done.get("waiting")}
 
 
 class LastStageOperator(StageOperator):
     """The stage that nothing else builds on: its page leads to the results."""
 
     operator_extra_links = (PageLink("Report"), PageLink("MLflow"))
+
+
+class DecideOperator(StepOperator):
+    """Makes champion, or declines, what a person was asked about.
+
+    Args:
+        described: what the task `setup` returned.
+        version: of the model that waits.
+        answer: what the person answered: `chosen_options`, `params_input`, `responded_by_user`.
+    """
+
+    template_fields = ("described", "version", "answer")
+
+    def __init__(self, *, described: Any, version: Any, answer: Any, **more: Any) -> None:
+        super().__init__(**more)
+        self.described, self.version, self.answer = described, version, answer
+
+    def execute(self, context: Context) -> dict[str, Any]:
+        """Returns the event in the history."""
+        person = self.answer.get("responded_by_user") or {}
+        answer = {
+            "version": self.version,
+            "decline": self.answer["chosen_options"] != [APPROVE],
+            "by": person.get("name") or "somebody",
+            "comment": self.answer["params_input"].get("comment") or "",
+        }
+        return self.step(context, {"do": "decide", "run": self.described, "answer": answer})
+
+
+class OrderOperator(StepOperator):
+    """Runs one step with the arguments given.
+
+    Args:
+        order: the step's name.
+        arguments: what it is called with; may hold outputs of other tasks.
+    """
+
+    template_fields = ("arguments",)
+
+    def __init__(self, *, order: str, arguments: Any = None, **more: Any) -> None:
+        super().__init__(**more)
+        self.order, self.arguments = order, arguments or {}
+
+    def execute(self, context: Context) -> Any:
+        """Returns what the step returned."""
+        return self.step(context, {"do": self.order, **self.arguments})
+
+
+class ScoreOperator(StepOperator):
+    """Classifies the images that the run's form names."""
+
+    def execute(self, context: Context) -> Any:
+        """Returns nothing: the answers are in the file that the form names."""
+        self.step(context, {"do": "score", "conf": dict(context["params"])})
+
+
+DATA = Asset(name="pleat_data", uri="pleat://data")  # its events carry the data version
+RETRIES = {
+    "owner": "pleat",
+    "retries": 4,  # for what may pass: a killed process, a full disk, a remote that is away
+    "retry_delay": timedelta(seconds=5),
+    "retry_exponential_backoff": 2.0,
+    "max_retry_delay": timedelta(minutes=5),
+}

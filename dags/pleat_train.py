@@ -1,18 +1,28 @@
 """The DAG `pleat_train`: dvc.yaml as Airflow runs it."""
 
 import os
-from datetime import timedelta
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
 
-from airflow.sdk import DAG, BaseOperator, Param, task
-from pleat_operators import LastStageOperator, SetupOperator, StageOperator
+from airflow.providers.standard.operators.hitl import HITLOperator
+from airflow.sdk import DAG, AssetOrTimeSchedule, BaseOperator, CronTriggerTimetable, Param, task
+from pleat_operators import (
+    APPROVE,
+    DATA,
+    DECLINE,
+    RETRIES,
+    DecideOperator,
+    LastStageOperator,
+    SetupOperator,
+    StageOperator,
+)
 from ruamel.yaml import YAML
 
 from pipeline_steps import definition, trigger_form
 
 ROOT = Path(__file__).resolve().parents[1]
+WEEKLY = "0 3 * * 0"  # for what no event told of: a batch that somebody added by hand
 SETTINGS = YAML(typ="safe").load(ROOT / "params.yaml")
 STAGES = definition.read(ROOT, SETTINGS)
 EDGES = definition.edges(STAGES)
@@ -25,7 +35,10 @@ were seen before comes from DVC's cache; a fold that was stopped goes on from it
 
 **Trigger** opens a form; what it leaves alone is as in `params.yaml`. The log of the task `setup` shows the run's
 settings and the versions of data and code. On its tab **Details** a button leads to the run in MLflow, on that of
-`compare` another one to the report.
+`register` another one to the report.
+
+Without anybody's doing it runs when `pleat_new_data` has added a batch, and weekly; then it uses `params.yaml` as it is
+and does nothing for data that it was trained on before.
 """
 
 
@@ -41,17 +54,11 @@ with DAG(
     "pleat_train",
     description="Train and compare image classifiers: the stages of dvc.yaml",
     doc_md=ABOUT,
-    schedule=None,
+    schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable(WEEKLY, timezone="UTC"), assets=[DATA]),
     catchup=False,
     max_active_runs=4,
     params={name: Param(**field) for name, field in trigger_form.fields(ROOT).items()},
-    default_args={
-        "owner": "pleat",
-        "retries": 4,  # for what may pass: a killed process, a full disk, a remote that is away
-        "retry_delay": timedelta(seconds=5),
-        "retry_exponential_backoff": 2.0,
-        "max_retry_delay": timedelta(minutes=5),
-    },
+    default_args=RETRIES,
     tags=["pleat"],
 ) as dag:
     setup = SetupOperator(task_id="setup", doc_md="Makes the run's workspace; shows settings, versions and links.")
@@ -77,3 +84,26 @@ with DAG(
 
         each = operator.partial(map_index_template="{{ task.title }}", **given, **common)
         tasks[name] = each.expand_kwargs(items(setup.output))
+
+    @task.short_circuit(
+        task_id="needs_approval", doc_md="Goes on where a model waits for a person (`promotion.mode: approve`)."
+    )
+    def needs_approval(registered: dict) -> bool:  # noqa: D103
+        return registered["waiting"] is not None
+
+    approve = HITLOperator(
+        task_id="approve",
+        subject="Shall version {{ ti.xcom_pull(task_ids='register')['waiting']['version'] }} become the champion?",
+        body="{{ ti.xcom_pull(task_ids='register')['waiting']['text'] }}",
+        options=[APPROVE, DECLINE],
+        params={"comment": Param("", type=["string", "null"], title="Comment", description="For the history.")},
+        doc_md="Waits for a person: *Required Actions* in the UI.",
+    )
+    decide = DecideOperator(
+        task_id="decide",
+        described=setup.output,
+        version="{{ ti.xcom_pull(task_ids='register')['waiting']['version'] }}",
+        answer=approve.output,
+        doc_md="Carries out the answer.",
+    )
+    needs_approval(tasks["register"].output) >> approve >> decide

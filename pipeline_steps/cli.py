@@ -4,6 +4,7 @@ Stages are imported only when they run, so that `--help` is quick.
 """
 
 import argparse
+import gc
 import json
 import os
 import signal
@@ -59,6 +60,8 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "Score a model's out-of-fold predictions: metrics with spread, pictures, worst mistakes."),
         ("profile", "Count a model's parameters and multiply-accumulates."),
         ("compare", "Write the leaderboard, the quality-against-cost plot and the report page."),
+        ("refit", "Train the chosen model on everything but the holdout; score it there and package it."),
+        ("register", "Judge the refitted model against the champion; register and promote it in MLflow."),
     ):
         stage = commands.add_parser(
             name, help=text, description=text + " A stage of dvc.yaml; settings in params.yaml."
@@ -102,8 +105,40 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
     airflow.add_argument("--port", type=int, default=8080, help="of Airflow (default 8080)")
     airflow.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow (default 5000)")
     airflow.set_defaults(run=_airflow)
+    _add_registry_commands(commands)
+    _add_predict(commands)
     text = "Log to MLflow what could not be logged while it was away."
     commands.add_parser("sync", help=text, description=text).set_defaults(run=_sync)
+
+
+def _add_registry_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "Make a version champion that waits for approval (promotion.mode: approve), or decline it."
+    approve = commands.add_parser("approve", help=text, description=text)
+    approve.add_argument("version", nargs="?", help="default: the newest one that waits")
+    approve.add_argument("--decline", action="store_true", help="leave the champion as it is")
+    approve.add_argument("--comment", default="", help="for the history")
+    approve.set_defaults(run=_approve)
+    text = "Put the previous champion back."
+    rollback = commands.add_parser("rollback", help=text, description=text)
+    rollback.add_argument("--to", metavar="VERSION", help="another version than the previous champion")
+    rollback.add_argument("--comment", default="", help="for the history")
+    rollback.set_defaults(run=_rollback)
+    text = "Make a batch of what arrived in the inbox, as Airflow does every inbox.every_minutes."
+    commands.add_parser("inbox", help=text, description=text).set_defaults(run=_inbox)
+    text = "Say what is champion, what lies in the inbox and what ran last."
+    commands.add_parser("status", help=text, description=text).set_defaults(run=_status)
+    text = "List every promotion, rejection, approval and rollback."
+    commands.add_parser("history", help=text, description=text).set_defaults(run=_history)
+
+
+def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "Score any number of images with the champion; a row each, in one Parquet file."
+    predict = commands.add_parser("predict", help=text, description=text)
+    predict.add_argument("images", nargs="+", metavar="IMAGES", help="files, folders or s3://bucket/prefix")
+    predict.add_argument("--out", required=True, metavar="FILE", help="such as scores.parquet, or s3://bucket/key")
+    predict.add_argument("--version", help="of the model, instead of the champion")
+    predict.add_argument("--top-k", type=int, default=5, metavar="K", help="labels listed for an image (default 5)")
+    predict.set_defaults(run=_predict)
 
 
 def _use(arguments: argparse.Namespace) -> None:
@@ -135,6 +170,53 @@ def _airflow(arguments: argparse.Namespace) -> None:
     from pipeline_steps import standalone
 
     standalone.run(Path(), arguments.port, arguments.mlflow_port)
+
+
+def _approve(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import promotion
+
+    promotion.approve(params.load(), arguments.version, arguments.decline, arguments.comment)
+
+
+def _rollback(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import promotion
+
+    promotion.rollback(params.load(), arguments.to, arguments.comment)
+
+
+def _inbox(_: argparse.Namespace) -> None:
+    from pipeline_steps import inbox
+
+    loaded = params.load()
+    taken = inbox.take(loaded)
+    inbox.acknowledge(taken)
+    for one in taken:
+        say(f"{one.delivery}: {one.outcome}{f' as {one.batch}' if one.batch else ''}. {' '.join(one.reasons)}".strip())
+        if one.report:
+            say(f"  {one.report}")
+    if not taken:
+        say(f"{loaded.inbox.source} holds nothing new.")
+    if any(one.outcome == "added" for one in taken):
+        say("Next: `dvc repro`")
+
+
+def _status(_: argparse.Namespace) -> None:
+    from pipeline_steps import status
+
+    status.show(params.load())
+
+
+def _history(_: argparse.Namespace) -> None:
+    from pipeline_steps import promotion
+
+    promotion.history(params.load())
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from pipeline_steps import predict
+
+    predict.predict(params.load(), arguments.images, arguments.out, arguments.version, arguments.top_k)
+    gc.freeze()  # else the interpreter looks through all of MLflow before it ends, which takes a second
 
 
 def _sync(_: argparse.Namespace) -> None:
@@ -213,6 +295,18 @@ def _compare(_: argparse.Namespace) -> None:
     compare.run(loaded)
     with tolerant():
         Tracker(loaded).pipeline()
+
+
+def _refit(_: argparse.Namespace) -> None:
+    from pipeline_steps import refit
+
+    refit.run(params.load())
+
+
+def _register(_: argparse.Namespace) -> None:
+    from pipeline_steps import register
+
+    register.run(params.load())
 
 
 def _defined(loaded: Params, model: str) -> str:

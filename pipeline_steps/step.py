@@ -15,11 +15,11 @@ from urllib.parse import quote
 
 from ruamel.yaml import YAML
 
-from pipeline_steps import definition, trigger_form, workspaces
+from pipeline_steps import definition, new_data, trigger_form, workspaces
 from pipeline_steps.errors import FAILURE_FILE, PleatError
 from pipeline_steps.guard import end_with_guard
 from pipeline_steps.progress import say
-from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_version
+from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_version, data_version_of_files
 
 TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser its pages for language models
 
@@ -28,7 +28,10 @@ def main() -> None:
     """Does what stdin says and writes the result."""
     end_with_guard()
     order = json.load(sys.stdin)
-    steps: dict[str, Callable[..., dict[str, Any]]] = {"setup": set_up, "stage": run_stage}
+    steps: dict[str, Callable[..., dict[str, Any]]] = {
+        "setup": set_up, "stage": run_stage, "decide": decide,
+        "look": new_data.look, "acknowledge": new_data.acknowledge, "score": new_data.score,
+    }  # fmt: skip
     result: dict[str, Any]
     try:
         result = {"done": steps[order.pop("do")](**order)}
@@ -37,10 +40,13 @@ def main() -> None:
     Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict[str, Any]:
+def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand: bool) -> dict[str, Any]:
     """Makes the workspace of a new run and says what the run is.
 
+    A run that nobody triggered uses params.yaml as it is now; where its data was trained on, it has nothing to do.
+
     Returns:
+        `{"skip": sentence}` where there is nothing to do, else
         The run's description, from which any worker makes the same workspace: `name`, `params` (text), `code` and
         `code_version`, `data_version`, `batches`, `links` to MLflow by title, and `items`: for each stage what its
         instances are, with `address` and `title`.
@@ -49,7 +55,8 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict
         PleatError: a setting is wrong or a batch is missing.
     """
     project = Path(root)
-    text = trigger_form.document(project, conf)
+    use_mlflow_of(project)
+    text = trigger_form.document(project, conf if by_hand else {})
     params = YAML(typ="safe").load(text)
     stages = definition.read(project, params)
     run: dict[str, Any] = {
@@ -64,7 +71,10 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any]) -> dict
     }
     with workspaces.in_use(project, run) as workspace:
         run["code_version"] = code_version(project)
-        run["data_version"] = _data_version(workspace, run["batches"])
+        run["data_version"] = data_version_of_files(list(run["batches"]), workspace)
+        if not by_hand and _is_trained(run["data_version"], params["experiment"]["recipe"]):
+            say(f"Data version {run['data_version']} was trained on before.")
+            return {"skip": f"The pipeline has run on data version {run['data_version']} before."}
         run["links"] = _mlflow_page(run["name"])
         _write_about(workspace, dag_id, run_id, run)
     workspaces.remove_old(project, run["name"])
@@ -90,7 +100,8 @@ def run_stage(
         locks: the entries of dvc.lock of the stages that come before, by address.
 
     Returns:
-        `lock`, the stage's own entry of dvc.lock, and `links` to MLflow by title.
+        `lock`, the stage's own entry of dvc.lock; `links` to MLflow by title; of `register` also `waiting`: the
+        `version` that waits for approval and the `text` to decide by, or None.
 
     Raises:
         PleatError: the stage failed.
@@ -102,13 +113,57 @@ def run_stage(
         os.chdir(workspace)
         os.environ["PYTHONPATH"] = str(workspace)  # the stage runs the code that the run began with
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{Path(root).absolute() / 'mlflow.db'}")
+        use_mlflow_of(Path(root))
         say(f"{address} in {workspace}")
         stages = definition.read(workspace, YAML(typ="safe").load(run["params"]))
         _bring_up_to_date(workspace, stages, address, locks)
         name = address.partition("@")[0]
         last = all(source != name for source, _ in definition.edges(stages))
-        return {"lock": _lock(workspace)[address], "links": _log_the_rest(workspace, run) if last else {}}
+        done = {"lock": _lock(workspace)[address], "links": _log_the_rest(workspace, run) if last else {}}
+        return done | ({"waiting": _waiting(workspace)} if name == "register" else {})
+
+
+def decide(root: str, dag_id: str, run_id: str, run: Mapping[str, Any], answer: Mapping[str, Any]) -> dict[str, Any]:
+    """Carries out what a person answered to the question whether a version becomes champion.
+
+    Args:
+        root: the project's folder on this worker.
+        dag_id: Airflow's name of the DAG.
+        run_id: Airflow's name of the run.
+        run: what `set_up` returned.
+        answer: `version`, `decline` (bool), `by` (who answered) and `comment`.
+
+    Raises:
+        PleatError: another model became champion since it was judged, or MLflow cannot be reached.
+    """
+    from pipeline_steps import params, promotion
+
+    use_mlflow_of(Path(root))
+    settings = params.check(YAML(typ="safe").load(run["params"]), "params.yaml")
+    by = f"{answer['by']} in Airflow, {dag_id} {run_id}"
+    event = promotion.approve(settings, answer["version"], answer["decline"], answer["comment"], by)
+    return {"event": event.kind, "version": event.version}
+
+
+def _is_trained(data_version: str, recipe: str) -> bool:
+    """Whether a whole run on this data is in MLflow; where MLflow is away, it is not known, so the pipeline runs."""
+    from pipeline_steps.tracking import is_trained, tolerant
+
+    with tolerant():
+        return is_trained(data_version, recipe)
+    return False
+
+
+def use_mlflow_of(root: Path) -> None:
+    """The project's own store, where no tracking server is named."""
+    os.environ.setdefault("MLFLOW_TRACKING_URI", f"sqlite:///{root.absolute() / 'mlflow.db'}")
+
+
+def _waiting(workspace: Path) -> dict[str, str] | None:
+    verdict = json.loads((workspace / "reports" / "registration" / "verdict.json").read_text(encoding="utf-8"))
+    if verdict["event"] != "approval requested":
+        return None
+    return {"version": verdict["version"], "text": "\n\n".join([f"**{verdict['title']}**", *verdict["reasons"]])}
 
 
 def _bring_up_to_date(
@@ -180,22 +235,6 @@ def _add_locks(workspace: Path, locks: Mapping[str, Any]) -> None:
         partial = workspace / f".partial-{os.getpid()}-dvc.lock"
         YAML(typ="safe").dump(document, partial)
         partial.replace(workspace / "dvc.lock")
-
-
-def _data_version(workspace: Path, batches: Mapping[str, str | None]) -> str:
-    """DVC's hash of each batch, as `versions.data_version` gives it once the batches are ingested."""
-    from dvc.repo import Repo
-
-    with Repo(str(workspace), _wait_for_lock=True) as repo, repo.lock:
-        deps = {dep.def_path: dep for stage in repo.index.stages for dep in stage.deps}
-        found = []
-        for batch, tracked in batches.items():
-            if tracked is None:
-                value = deps[workspaces.RAW + batch].get_hash().value
-            else:
-                value = YAML(typ="safe").load(tracked)["outs"][0]["md5"]
-            found.append(f"{batch}={value}")
-    return ",".join(found)
 
 
 def _log_the_rest(workspace: Path, run: Mapping[str, Any]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
@@ -22,6 +22,7 @@ from pipeline_steps.yaml_text import text_of, unshared
 
 OWN = "params.yaml"  # stands in the field `recipe` for the checkout's own settings
 FORM = "Trigger form"
+AS_IN_RECIPE = "as in the recipe"
 FEWEST_FOLDS, MOST_FOLDS = 2, 100
 LARGEST_INTEGER = 2**53 - 1  # the browser sends a larger one rounded
 # Python reads NaN and Infinity in JSON, and NaN passes every `minimum`, but nothing that is forbidden to be compared.
@@ -80,6 +81,8 @@ def document(root: Path, conf: Mapping[str, Any]) -> str:
     if epochs is not None:
         for name in experiment["models"]:
             training[name]["max_epochs"] = _whole_number("epochs", epochs, form["epochs"])
+    if chosen["promote"] != AS_IN_RECIPE:
+        settings["promotion"]["mode"] = chosen["promote"]
     _override(settings, overrides, _keys(recipes))
     experiment["folds"] = params.check(settings, FORM).experiment.folds  # a number of folds became their list
     return text_of(unshared(settings))
@@ -181,11 +184,12 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
             "examples": batches,
         },
         "promote": {
-            "default": "dry_run",
+            "default": AS_IN_RECIPE,
             "title": "Promotion",
-            "description": "This version has no registry: the best model is reported, nothing is promoted.",
+            "description": "auto: a model shown to be better becomes champion; approve: a person is asked first; "
+            "dry_run: it is judged, nothing is registered.",
             "type": "string",
-            "enum": ["dry_run"],
+            "enum": [AS_IN_RECIPE, *get_args(params.Promotion.model_fields["mode"].annotation)],
         },
         "overrides": {
             "default": {},
@@ -231,6 +235,7 @@ def _help(keys: Iterable[Key]) -> str:
 def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
     """Every key that may be overridden, with the JSON schema of its values."""
     keys = dict(_leaves(Params.model_json_schema()))
+    keys = {key: schema for key, schema in keys.items() if key[0] != "inbox"}  # which runs do not look at
     for name in _models(recipes):
         definitions = [each.models[name] for each in recipes.values() if name in each.models]
         # Where recipes mean different kinds of model by one name, only what all kinds share can be changed.

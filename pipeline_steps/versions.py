@@ -9,6 +9,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from pipeline_steps.errors import PleatError
 from pipeline_steps.params import Params
 
 EXPERIMENT = "pleat"  # in MLflow
@@ -36,6 +37,29 @@ def data_version(batches: list[str], root: Path = Path()) -> str:
         hashes = [item["md5"] for item in (*deps, *outs) if item["path"] in (f"data/raw/{batch}", batch)]
         versions.append(f"{batch}={hashes[0] if hashes else 'unversioned'}")
     return ",".join(versions)
+
+
+def data_version_of_files(batches: list[str], root: Path = Path()) -> str:
+    """As `data_version`, of the batches as they are now; also before DVC has written a dvc.lock.
+
+    Raises:
+        PleatError: `root` is no DVC project.
+    """
+    from dvc.repo import Repo
+
+    if not (root / ".dvc").is_dir():
+        raise PleatError(
+            f"{root.absolute()} is no DVC project (it has no .dvc folder); change to the project's folder."
+        )
+    with Repo(str(root), _wait_for_lock=True) as repo, repo.lock:
+        deps = {dep.def_path: dep for stage in repo.index.stages for dep in stage.deps}
+        found = []
+        for batch in batches:
+            outs = _yaml(root / "data" / "raw" / f"{batch}.dvc").get("outs")
+            raw = deps.get(f"data/raw/{batch}")
+            value = outs[0]["md5"] if outs else raw.get_hash().value if raw else "unversioned"
+            found.append(f"{batch}={value}")
+    return ",".join(found)
 
 
 def code_version(root: Path = Path()) -> str:

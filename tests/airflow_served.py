@@ -5,7 +5,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +42,9 @@ class Served:
 
 
 @contextmanager
-def served_in(folder: Path) -> Iterator[Served]:
+def served_in(folder: Path, prepare: Callable[[Path], object] = use_quick) -> Iterator[Served]:
     project = copy_checkout(folder)
-    use_quick(project)
+    prepare(project)
     port, mlflow_port = free_port(), free_port()
     # The copy's own code, and leases that no other test holds.
     more = {"PYTHONPATH": str(project), "PLEAT_LEASES": str(project / "leases"), **SETTINGS}

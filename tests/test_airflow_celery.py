@@ -255,9 +255,11 @@ def test_the_results_are_those_of_dvc_repro(run: Run, oracle: Future[str], check
 
 
 def hashes(stages: dict[str, Any]) -> dict[str, str]:
-    """DVC's hash of every output; Data Docs hold times."""
+    """DVC's hash of every output; Data Docs and registrations hold times."""
     outs = [out for stage in stages.values() for out in stage["outs"]]
-    return {out["path"]: out["md5"] for out in outs if out["path"] != "reports/validation"}
+    return {
+        out["path"]: out["md5"] for out in outs if out["path"] not in ("reports/validation", "reports/registration")
+    }
 
 
 def test_mlflow_has_the_run_complete_and_once(run: Run, oracle: Future[str], checkouts: Path) -> None:
@@ -276,7 +278,8 @@ def logged(folder: Path) -> dict[str, Any]:
     runs = client.search_runs([experiment.experiment_id])
     names = {run.info.run_id: run.info.run_name for run in runs}
     assert sorted(names.values()) == [
-        "cnn_tiny", "cnn_tiny fold 0", "cnn_tiny fold 1", "cnn_tiny fold 2", "pipeline sample",
+        "cnn_tiny", "cnn_tiny fold 0", "cnn_tiny fold 1", "cnn_tiny fold 2", "cnn_tiny refit",
+        "pipeline sample",
     ]  # fmt: skip
     return {
         run.info.run_name: {

@@ -63,7 +63,8 @@ def test_a_run_with_overrides_ends_in_mlflow(served: Served, first: str) -> None
     [experiment] = [item for item in served.mlflow.search_experiments() if item.name == "pleat"]
     runs = served.mlflow.search_runs([experiment.experiment_id], f"tags.`pleat.run.{name}` = 'yes'")
     kinds = sorted((item.data.tags["pleat.kind"], item.data.params.get("model")) for item in runs)
-    assert kinds == [("fold", "cnn_tiny"), ("fold", "cnn_tiny"), ("model", "cnn_tiny"), ("pipeline", None)]
+    folds = [("fold", "cnn_tiny"), ("fold", "cnn_tiny")]
+    assert kinds == [*folds, ("model", "cnn_tiny"), ("pipeline", None), ("refit", "cnn_tiny")]
     assert {item.info.status for item in runs} == {"FINISHED"}
     described = served.airflow.returned(first, "setup")
     assert {item.data.tags["pleat.data_version"] for item in runs} == {described["data_version"]}

@@ -251,7 +251,7 @@ def test_grid_and_graph_are_green(page: Page, served: Served, run: str) -> None:
     expect(page.get_by_role("row", name="train cnn_tiny · fold 0 Success")).to_be_visible()
     expect(page.get_by_role("row", name="train cnn_tiny · fold 1 Success")).to_be_visible()
     tasks = {task["task_id"] for task in served.airflow.tasks(run)}
-    assert {"setup", "list_train", "train", "compare"} <= tasks
+    assert {"setup", "list_train", "train", "register"} <= tasks
     for task in tasks:
         square = page.get_by_test_id(f"grid-{run}-{task}").get_by_test_id("task-state-badge")
         red, green, blue, _ = square.evaluate(DRAWN_COLOUR)
@@ -293,20 +293,20 @@ def test_setup_shows_settings_and_versions_and_leads_to_the_runs_in_mlflow(
     [experiment] = served.mlflow.search_experiments(filter_string="name = 'pleat'")
     used = f"tags.`pleat.run.{about['name']}` = 'yes'"
     logged = [found.info.run_name for found in served.mlflow.search_runs([experiment.experiment_id], used)]
-    assert sorted(logged) == ["cnn_tiny", "cnn_tiny fold 0", "cnn_tiny fold 1", "pipeline sample"]
+    assert sorted(logged) == ["cnn_tiny", "cnn_tiny fold 0", "cnn_tiny fold 1", "cnn_tiny refit", "pipeline sample"]
     mlflow = follow(page, "MLflow")
     expect(mlflow.get_by_role("heading", name="Runs")).to_be_visible()
-    expect(mlflow.get_by_text("4 matching runs")).to_be_visible()
+    expect(mlflow.get_by_text("5 matching runs")).to_be_visible()
     for name in ("pipeline sample", "cnn_tiny"):  # folds are folded in below their model
         expect(mlflow.get_by_role("link", name=name, exact=True)).to_be_visible()
     shot(mlflow, "10_mlflow_runs")
 
 
-def test_compare_leads_to_the_report(page: Page, served: Served, run: str) -> None:
-    open_task(page, served, run, "compare")
+def test_register_leads_to_the_report(page: Page, served: Served, run: str) -> None:
+    open_task(page, served, run, "register")
     expect(page.get_by_text("Leaderboard: mean over folds")).to_be_visible()
     report = follow(page, "Report")
-    shot(page, "11_compare_links")
+    shot(page, "11_register_links")
     frame = report.frame_locator("iframe")
     leaderboard = frame.get_by_role("table").first
     row = pd.read_csv(served.workspace(run) / "reports" / "leaderboard.csv").set_index("model").loc["cnn_tiny"]
@@ -315,8 +315,8 @@ def test_compare_leads_to_the_report(page: Page, served: Served, run: str) -> No
     shot(report, "12_report")
 
 
-def test_compare_leads_to_the_pipelines_run_in_mlflow(page: Page, served: Served, run: str) -> None:
-    open_task(page, served, run, "compare")
+def test_register_leads_to_the_pipelines_run_in_mlflow(page: Page, served: Served, run: str) -> None:
+    open_task(page, served, run, "register")
     mlflow = follow(page, "MLflow")
     expect(mlflow.get_by_role("heading", name="pipeline sample")).to_be_visible()
     expect(mlflow.get_by_text("f1_weighted").first).to_be_visible()

@@ -53,7 +53,7 @@ def test_by_default_a_run_uses_params_yaml(root: Path) -> None:
             "folds": None,
             "epochs": None,
             "batches": ["sample"],
-            "promote": "dry_run",
+            "promote": "as in the recipe",
             "overrides": None,
         },
     )
@@ -73,7 +73,9 @@ def test_a_document_by_hand(tangled: Path) -> None:
         "folds": 3.0,
         "epochs": 7,
         "batches": ["new"],
+        "promote": "dry_run",
         "overrides": {
+            "promotion.min_gain": 0.25,
             "models.on.input_size": 12,
             "training.on.learning_rate": 1e-7,
             "training.net.v2.weight_decay": 1e22,
@@ -157,6 +159,27 @@ training:
     class_weights: none
     weight_average: 0.0
     mirror: true
+promotion:
+  model: other
+  mode: dry_run
+  floors:
+    f1_weighted: 0
+    f1_macro: 1
+  min_gain: 0.25
+  confidence: 0.5
+  max_class_drop: 0
+  max_cost:
+    latency: 1
+    memory: 1
+    size: 1
+inbox:
+  source: "s3://bucket/on"
+  every_minutes: 1
+  settle_s: 0
+  max_drift:
+    label_shares: 1
+    image_statistics: 0
+    new_labels: true
 """
     )
 

@@ -37,6 +37,15 @@ SHARED_KEYS = [
     "split.group_by",
     "split.near_copy_max_distance",
     "split.holdout.fraction",
+    "promotion.mode",
+    "promotion.floors.f1_weighted",
+    "promotion.floors.f1_macro",
+    "promotion.min_gain",
+    "promotion.confidence",
+    "promotion.max_class_drop",
+    "promotion.max_cost.latency",
+    "promotion.max_cost.memory",
+    "promotion.max_cost.size",
 ]
 
 
@@ -59,7 +68,7 @@ def test_the_fields_of_this_checkout(root: Path) -> None:
         "folds": None,
         "epochs": None,
         "batches": ["sample"],
-        "promote": "dry_run",
+        "promote": "as in the recipe",
         "overrides": {},
     }
     assert form["recipe"]["enum"] == ["params.yaml", "clothing", "sample"]
@@ -86,6 +95,8 @@ def test_the_fields_of_this_checkout(root: Path) -> None:
         ("split.group_by", [None, "sender_id"], ["sender", "null", False]),
         ("split.near_copy_max_distance", [0, 16], [-1, 17, 1e-9]),
         ("split.holdout.fraction", [0, 0.0, 0.999], [1, -1e-9, math.nan, math.inf, -math.inf, "0.1"]),
+        ("promotion.mode", ["auto", "approve", "dry_run"], ["as in the recipe", None, ""]),
+        ("promotion.max_cost.latency", [1e-9, 1e9], [0, -1, math.inf]),
         ("models.cnn_small.input_size", [32, 64.0], [31, 8]),
         ("models.cnn_tiny.input_size", [16], [15]),
         ("training.cnn_tiny.learning_rate", [5e-324, 1e308, 10**308], [0, -0.0, math.nan, math.inf, 10**400, True]),
@@ -128,7 +139,7 @@ def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_n
         ("batches", None, "None is not of type 'array'"),
         ("batches", ["sample", "sample"], "has non-unique elements"),
         ("batches", ["../raw/sample"], "'../raw/sample' is not one of ['clothing', 'sample']"),
-        ("promote", "champion", "'champion' is not one of ['dry_run']"),
+        ("promote", "champion", "'champion' is not one of ['as in the recipe', 'auto', 'approve', 'dry_run']"),
         ("overrides", {"experiment.sed": 1}, "On instance['experiment.sed']"),
         ("overrides", {"experiment.models": ["cnn_tiny"]}, "On instance['experiment.models']"),
         ("overrides", {"experiment.recipe": "mine"}, "On instance['experiment.recipe']"),
