@@ -1,5 +1,6 @@
 """The DAG `pleat_new_data`: what arrived in the inbox becomes a batch, which is announced to `pleat_train`."""
 
+import os
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -28,6 +29,7 @@ with DAG(
     schedule=timedelta(minutes=EVERY_MINUTES),
     catchup=False,
     max_active_runs=1,
+    is_paused_upon_creation=None if os.access(ROOT, os.W_OK) else True,  # in the image the project is read-only
     default_args=RETRIES,
     tags=["pleat"],
 ) as dag:

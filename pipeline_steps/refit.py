@@ -1,5 +1,6 @@
 """Stage `refit`: the chosen model, trained on everything but the holdout, scored there and packaged."""
 
+import hashlib
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from pipeline_steps.metrics import headlines
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import CustomCnn, Model, Params
 from pipeline_steps.progress import say
+from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.train import CHECKPOINTS, build_network, load_inputs, schedule
 from pipeline_steps.versions import data_version
 from pipeline_steps.vision.engine import Epoch, Fitted, fit, predict
@@ -31,7 +33,6 @@ from pipeline_steps.vision.lease import lease
 from pipeline_steps.vision.networks import Head
 
 TARGET = "label"
-TRAINED_ON = "trained_on.txt"  # in the package: sample ids, so that no model is ever judged on what it was trained on
 
 
 def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] = lambda _: None) -> dict[str, Any]:
@@ -91,6 +92,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         found = headlines(codes.numpy()[held.numpy()], answered.numpy())
         scores = {name: None if np.isnan(value) else float(value) for name, value in found.items()}
     about = {"model": model, "epochs": epochs, "n_train": len(learn), "n_holdout": len(held), **scores}
+    about["holdout"] = hashlib.sha256("".join(holdout["sample_id"] + holdout["label"]).encode()).hexdigest()
     summary = _write(params, root, network, about, samples, classes, holdout, fitted)
     checkpoint.unlink(missing_ok=True)
     scored = f"weighted F1 {scores['f1_weighted']:.4f} on {len(held):,} of the holdout" if scores else "no holdout"

@@ -1,35 +1,57 @@
-"""Stage `register`: the refitted model is judged against the champion, and takes its place where it is better."""
+"""Stage `register`: the refitted model is judged against the champion, and takes its place where it is better.
 
-import hashlib
+It runs every time, since the registry lies outside of DVC; what was judged before costs only a few questions, and none
+where the store is a local file that nobody has written to since.
+"""
+
+import json
+import os
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
-
-from pipeline_steps import gate, pages
-from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_json, write_text
-from pipeline_steps.gate import Broken, Measured, Verdict
-from pipeline_steps.measure import measure
-from pipeline_steps.packed import read_images
-from pipeline_steps.params import Params, plain_label
+from pipeline_steps.files import atomic_folder, read_json, write_json, write_text
+from pipeline_steps.params import Params
 from pipeline_steps.progress import say
-from pipeline_steps.refit import TRAINED_ON
-from pipeline_steps.versions import code_version
+from pipeline_steps.versions import LOCAL_STORE, code_version, digest
+
+if TYPE_CHECKING:
+    from pipeline_steps.registry import Registry
 
 CANDIDATE = "candidate"
+REMEMBERED = Path(".pleat/registered.json")
+OPEN_OR_REJECTED = ("challenger", "approval requested", "rejected")
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of it; `event` is the kind in the history, None for a dry run."""
+    """What came of it.
+
+    Attributes:
+        version: of the candidate; "candidate" in a dry run.
+        champion: the version that is in use now; empty for none.
+        event: the kind of event in the history; None in a dry run.
+        decision: of the gate: promoted, challenger or rejected.
+        reasons: sentences.
+        evidence: the figures behind them, as `gate.Verdict` has them.
+    """
 
     version: str
-    champion: str  # now in use; empty for none
+    champion: str
     event: str | None
-    verdict: Verdict
+    decision: str
+    reasons: list[str]
+    evidence: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """An outcome as it is told."""
+
+    outcome: Outcome
+    title: str
+    page: str  # HTML
 
 
 def run(params: Params, root: Path = Path()) -> Outcome:
@@ -41,152 +63,138 @@ def run(params: Params, root: Path = Path()) -> Outcome:
     Raises:
         PleatError: the stage refit has not run, or MLflow cannot be reached (temporary).
     """
+    about = read_json(root / "data" / "refit" / "metrics.json")
+    basis = {"promotion": params.promotion.model_dump(), "holdout": about["holdout"]}
+    key = digest(json.dumps(basis, sort_keys=True), about["package"])
+    last = _remembered(root, key)
+    if last is not None:
+        say(f"register: version {last.outcome.version} was judged already")
+        _write(root, last)
+        return last.outcome
     from pipeline_steps.registry import Registry, reachable
     from pipeline_steps.tracking import Tracker
 
-    mode, packaged = params.promotion.mode, root / "data" / "refit" / "package"
-    about = read_json(root / "data" / "refit" / "metrics.json")
-    rows = read_parquet(root / "data" / "refit" / "holdout.parquet")
-    with reachable(), tempfile.TemporaryDirectory(prefix="pleat-register-") as scratch:
+    with reachable():
         registry = Registry(params.promotion.model)
-        images = _write_images(rows, root, Path(scratch) / "images")
-        version = CANDIDATE
-        if mode != "dry_run":
-            travels = read_json(packaged / "about.json")
-            tags = {f"pleat.{name}": str(travels[name]) for name in ("model", "data_version")}
-            tags["pleat.code_version"] = code_version(root)
-            run_id = Tracker(params, root).refit(about)
-            version = registry.register(packaged, about["package"], run_id, tags)
-            candidate = registry.download(version, _new(Path(scratch), "candidate"))
+        if params.promotion.mode == "dry_run":
+            outcome = _dry_run(params, root, registry)
         else:
-            candidate = registry.save(packaged, _new(Path(scratch), "candidate") / "model")
-        outcome = None
-        while outcome is None:
-            outcome = _judge(params, registry, version, candidate, rows, images, Path(scratch))
-    _report(params, root, outcome)
+            run_id = Tracker(params, root).refit(about)
+            version = registry.version_of(about["package"])
+            known = _known(registry, version, basis) if version else None
+            outcome = known or _judge(params, root, registry, about, run_id, basis)
+    report = _report(params, outcome)
+    _write(root, report)
+    if outcome.event:
+        write_json(root / REMEMBERED, {"key": key, "store": _store(), **asdict(report)})
     return outcome
 
 
-def _judge(
-    params: Params,
-    registry: Any,
-    version: str,
-    candidate: Path,
-    rows: pd.DataFrame,
-    images: Sequence[Path],
-    scratch: Path,
-) -> Outcome | None:
-    """Judges once; None where the champion changed meanwhile."""
-    mode, champion = params.promotion.mode, registry.champion()
-    basis = {"promotion": params.promotion.model_dump(), "rows": _names(rows)}
-    for event in reversed(registry.history()):
-        same = event.before == champion and event.evidence.get("basis") == basis
-        if event.version == version and event.counts and "decision" in event.evidence and (same or champion == version):
-            say(f"register: version {version} was judged already: {event.kind}")
-            verdict = Verdict(event.evidence["decision"], event.reasons, event.evidence)
-            return Outcome(version, champion, event.kind, verdict)
-    folder = None
-    if champion and champion != version:
-        folder = registry.download(champion, _new(scratch, f"champion-{champion}"))
-    verdict = _verdict(params, version, candidate, champion, folder, rows, images)
-    evidence = {**verdict.evidence, "decision": verdict.decision, "basis": basis}
-    if mode == "dry_run":
-        return Outcome(version, champion, None, verdict)
-    kind: str = verdict.decision
-    if kind == "promoted" and mode == "approve":
-        kind = "approval requested"
-    after = version if kind == "promoted" else champion
-    event = registry.record(kind, version, champion, after, verdict.reasons, evidence)
-    if not event.counts:
-        now = registry.champion()
-        say(f"register: version {now} became champion meanwhile; version {version} is judged again, against it.")
+def _remembered(root: Path, key: str) -> Report | None:
+    """What came of it last time, where neither the question nor a local store has changed; MLflow takes seconds."""
+    if not (root / REMEMBERED).is_file() or not _store():
         return None
-    tags = {"pleat.verdict": kind, "pleat.judged_against": champion or "none"}
-    registry.describe(version, f"{kind.capitalize()}. " + " ".join(verdict.reasons), tags)
-    return Outcome(version, registry.champion(), kind, verdict)
+    last = read_json(root / REMEMBERED)
+    if (last.pop("key"), last.pop("store")) != (key, _store()):
+        return None
+    return Report(**last | {"outcome": Outcome(**last["outcome"])})
 
 
-def _verdict(
-    params: Params,
-    version: str,
-    candidate: Path,
-    champion: str,
-    champion_folder: Path | None,
-    rows: pd.DataFrame,
-    images: Sequence[Path],
-) -> Verdict:
-    """Scores both on the rows that neither was trained on, each in a process of its own."""
-    models, broken = [(version, candidate)], None
-    seen = _trained_on(candidate)
-    if champion_folder:
-        try:
-            seen |= _trained_on(champion_folder)
-            models.append((champion, champion_folder))
-        except FileNotFoundError:
-            broken = Broken(champion, "it was not made by Pleat, so what it was trained on is not known")
-    fair = ~rows["sample_id"].isin(seen)
-    if not fair.all():
-        say(f"register: {int((~fair).sum()):,} holdout rows do not count: one of the models was trained on them")
-    rows, images = rows[fair], [path for path, good in zip(images, fair, strict=True) if good]
-    example = candidate / "artifacts" / "package" / "example.jpg"  # where there is no holdout, it must answer this one
-    measured = measure(models, images or [example])
-    if not images:
-        measured = [replace(item, predicted=[]) if isinstance(item, Measured) else item for item in measured]
-    merged = {plain_label(old): new for old, new in params.labels.merge.items()}  # an older model knows the old names
-    renamed = [_renamed(found, merged) for found in measured]
-    holdout = gate.Holdout(rows["label"].tolist(), rows["group"].tolist())
-    verdict = gate.judge(params.promotion, holdout, renamed[0], broken or (renamed[1] if champion_folder else None))
-    if len(fair) and not len(rows):
-        reason = "One of the models was trained on every row of the holdout, so nothing can be judged on it."
-        return replace(verdict, reasons=[reason, *(line for line in verdict.reasons if "holdout is empty" not in line)])
-    return verdict
+def _store() -> str:
+    """Names the state of the SQLite file that MLflow uses; empty for a server."""
+    path = Path((os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE).removeprefix("sqlite:///"))
+    files = [path, path.with_name(f"{path.name}-wal")]
+    if not path.is_file():
+        return ""
+    return " ".join(
+        f"{file.absolute()} {file.stat().st_mtime_ns} {file.stat().st_size}" for file in files if file.is_file()
+    )
 
 
-def _renamed(found: Measured | Broken, merged: Mapping[str, str]) -> Measured | Broken:
-    if isinstance(found, Broken):
-        return found
-    return replace(found, predicted=[merged.get(plain_label(label), label) for label in found.predicted])
+def _known(registry: "Registry", version: str, basis: dict[str, Any]) -> Outcome | None:
+    """What was decided about the version, where nothing has changed since."""
+    champion = registry.champion()
+    events = [event for event in registry.history() if event.counts]
+    about = [event for event in events if event.version == version]
+    for event in reversed(about):
+        same = event.before == champion and event.evidence.get("basis") == basis
+        if "decision" in event.evidence and (same or champion == version):
+            say(f"register: version {version} was judged already")
+            kind = "promoted" if champion == version else about[-1].kind
+            if kind != "declined" and champion != version and event.kind not in OPEN_OR_REJECTED:
+                kind = "rolled back"
+            return Outcome(version, champion, kind, event.evidence["decision"], event.reasons, event.evidence)
+    return None
 
 
-def _trained_on(folder: Path) -> set[str]:
-    """Sample ids that a model learned from, as they travel with it."""
-    return set((folder / "artifacts" / "package" / TRAINED_ON).read_text().split())
+def _dry_run(params: Params, root: Path, registry: "Registry") -> Outcome:
+    from pipeline_steps import judging
+
+    with tempfile.TemporaryDirectory(prefix="pleat-register-") as scratch:
+        candidate = registry.save(root / "data" / "refit" / "package", Path(scratch) / "candidate")
+        champion = registry.champion()
+        folder = _fetch(registry, champion, Path(scratch))
+        verdict = judging.verdict(params, root, CANDIDATE, candidate, champion, folder)
+    return Outcome(CANDIDATE, champion, None, verdict.decision, verdict.reasons, verdict.evidence)
 
 
-def _write_images(rows: pd.DataFrame, root: Path, folder: Path) -> list[Path]:
-    """The encoded images of the holdout as files, in the order of the rows."""
-    folder.mkdir()
-    found: dict[str, bytes] = {}
-    for batch, part in rows.groupby("batch"):
-        found |= read_images(root / "data" / "ingest" / str(batch) / "images.arrow", part["sample_id"].tolist())
-    paths = [folder / str(sample_id) for sample_id in rows["sample_id"]]
-    for path in paths:
-        path.write_bytes(found[path.name])
-    return paths
+def _judge(
+    params: Params, root: Path, registry: "Registry", about: dict[str, Any], run_id: str, basis: dict[str, Any]
+) -> Outcome:
+    from pipeline_steps import judging
+
+    packaged = root / "data" / "refit" / "package"
+    travels = read_json(packaged / "about.json")
+    tags = {f"pleat.{name}": str(travels[name]) for name in ("model", "data_version")}
+    tags["pleat.code_version"] = code_version(root)
+    version = registry.register(packaged, about["package"], run_id, tags)
+    with tempfile.TemporaryDirectory(prefix="pleat-register-") as scratch:
+        candidate = _fetch(registry, version, Path(scratch))
+        assert candidate is not None
+        while True:
+            champion = registry.champion()
+            folder = _fetch(registry, champion, Path(scratch)) if champion != version else None
+            verdict = judging.verdict(params, root, version, candidate, champion, folder)
+            evidence = {**verdict.evidence, "decision": verdict.decision, "basis": basis}
+            waits = verdict.decision == "promoted" and params.promotion.mode == "approve"
+            kind = "approval requested" if waits else verdict.decision
+            after = version if kind == "promoted" else champion
+            event = registry.record(kind, version, champion, after, verdict.reasons, evidence)
+            if event.counts:
+                break
+            now = registry.champion()
+            say(f"register: version {now} became champion meanwhile; version {version} is judged again, against it")
+    judged = {"pleat.verdict": kind, "pleat.judged_against": champion or "none"}
+    registry.describe(version, f"{kind.capitalize()}. " + " ".join(verdict.reasons), judged)
+    return Outcome(version, registry.champion(), kind, verdict.decision, verdict.reasons, evidence)
 
 
-def _names(rows: pd.DataFrame) -> str:
-    """Names the rows that were judged on, and their labels."""
-    return hashlib.sha256("".join(rows["sample_id"] + rows["label"]).encode()).hexdigest()[:16]
+def _fetch(registry: "Registry", version: str, scratch: Path) -> Path | None:
+    """The version's MLflow model in a folder of its own; None where there is no version."""
+    return registry.download(version, Path(tempfile.mkdtemp(dir=scratch))) if version else None
 
 
-def _new(folder: Path, name: str) -> Path:
-    (folder / name).mkdir(exist_ok=True)
-    return folder / name
+def _report(params: Params, outcome: Outcome) -> Report:
+    from pipeline_steps import pages
 
-
-def _report(params: Params, root: Path, outcome: Outcome) -> None:
-    verdict, mode = outcome.verdict, params.promotion.mode
-    names = {"promoted": "is the champion", "approval requested": "waits for approval"}
-    became = names.get(outcome.event, f"is {outcome.event}") if outcome.event else f"would be {verdict.decision}"
+    names = {
+        "promoted": "is the champion",
+        "approval requested": "waits for approval",
+        "rolled back": f"was rolled back; version {outcome.champion} is the champion",
+    }
+    became = names.get(outcome.event, f"is {outcome.event}") if outcome.event else f"would be {outcome.decision}"
     title = f"Version {outcome.version} {became}" if outcome.event else f"The {CANDIDATE} {became} (dry run)"
+    content = {"title": title, "outcome": outcome, "mode": params.promotion.mode, "evidence": outcome.evidence}
+    return Report(outcome, title, pages.render("registration.html.j2", **content))
+
+
+def _write(root: Path, report: Report) -> None:
+    outcome = report.outcome
     with atomic_folder(root / "reports" / "registration") as out:
-        content = {"title": title, "outcome": outcome, "mode": mode, "evidence": verdict.evidence}
-        write_text(out / "index.html", pages.render("registration.html.j2", **content))
-        write_json(out / "verdict.json", {"title": title, "version": outcome.version, "event": outcome.event,
-                                          "champion": outcome.champion, **asdict(verdict)})  # fmt: skip
-    say(f"{title}.")
-    for reason in verdict.reasons:
+        write_text(out / "index.html", report.page)
+        write_json(out / "verdict.json", {"title": report.title, **asdict(outcome)})
+    say(f"{report.title}.")
+    for reason in outcome.reasons:
         say(f"  {reason}")
     if outcome.event == "approval requested":
         say(f"  `pleat approve {outcome.version}` makes it the champion; with --decline it stays behind.")

@@ -115,18 +115,22 @@ class Registry:
         mlflow.set_tracking_uri(uri)
         self.name, self.log_name, self.client = name, f"{name}.history", MlflowClient(uri)
 
+    def version_of(self, digest: str) -> str:
+        """The version that was made of a package; empty where there is none."""
+        found = (item for item in self._versions(self.name) if item.tags.get(PACKAGE_TAG) == digest)
+        return next((str(item.version) for item in found), "")
+
     def register(self, package: Path, digest: str, run_id: str, tags: dict[str, str]) -> str:
         """Makes a version of a package, or finds the one that was made of it before. Returns its number."""
-        for version in self._versions(self.name):
-            if version.tags.get(PACKAGE_TAG) == digest:
-                return str(version.version)
+        if version := self.version_of(digest):
+            return version
         with _importable(package / "code"), mlflow.start_run(run_id=run_id):
             model = mlflow.pyfunc.log_model(name="model", **_arguments(package))
         self._ensure(self.name, "Image classifiers; the alias champion is the one in use.")
-        version = self.client.create_model_version(
+        made = self.client.create_model_version(
             self.name, model.model_uri, run_id, {PACKAGE_TAG: digest, **tags}, model_id=model.model_id
         )
-        return str(version.version)
+        return str(made.version)
 
     def save(self, package: Path, folder: Path) -> Path:
         """Writes the MLflow model that `register` would log into `folder`, which is new; nothing is registered."""

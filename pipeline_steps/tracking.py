@@ -20,12 +20,12 @@ from filelock import FileLock
 
 from pipeline_steps.buckets import redact
 from pipeline_steps.files import read_json, read_parquet
-from pipeline_steps.metrics import HEADLINES, headlines
 from pipeline_steps.params import Params, flat
 from pipeline_steps.progress import say
 from pipeline_steps.versions import (
     EXPERIMENT,
     EXPERIMENT_TAGS,
+    LOCAL_STORE,
     airflow_run,
     code_version,
     data_version,
@@ -75,7 +75,7 @@ def reason_of(error: Exception) -> str:
 
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or a SQLite file in the project's folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    return os.environ.get("MLFLOW_TRACKING_URI") or LOCAL_STORE
 
 
 class Tracker:
@@ -173,6 +173,8 @@ class Tracker:
         model, key = about["model"], digest("refit", about["package"])
         run = self._find_or_create(f"{model} refit", key, "refit", model, pipeline.info.run_id)
         if run.info.status != "FINISHED":
+            from pipeline_steps.metrics import HEADLINES  # late: brings scipy, which takes a second
+
             scores = {f"holdout_{name}": about[name] for name in HEADLINES if name in about}
             counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout")}
             self.client.log_batch(run.info.run_id, metrics=_metrics({**counts, **scores}, step=0))
@@ -314,6 +316,8 @@ def _pipeline_runs(tags: Mapping[str, str], condition: str = "") -> list[Run]:
 
 def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
     """The headline scores of one fold's predictions (columns label and `p:CLASS`)."""
+    from pipeline_steps.metrics import headlines
+
     classes = [column.removeprefix("p:") for column in map(str, predictions) if column.startswith("p:")]
     number = {name: code for code, name in enumerate(classes)}
     actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)

@@ -13,6 +13,7 @@ from pipeline_steps.errors import PleatError
 from pipeline_steps.params import Params
 
 EXPERIMENT = "pleat"  # in MLflow
+LOCAL_STORE = "sqlite:///mlflow.db"  # where MLFLOW_TRACKING_URI is not set
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 RUN = Path(".pleat/run.json")  # in the workspace of an Airflow run: what the run is
 TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py", "vision/optimizer.py")

@@ -18,7 +18,7 @@ from torch import nn
 from pipeline_steps import package
 from pipeline_steps.ingest import PACK_SCHEMA
 from pipeline_steps.params import Params
-from pipeline_steps.refit import TRAINED_ON
+from pipeline_steps.serving import TRAINED_ON
 
 CLASSES = ["blue", "green", "red"]
 COLOURS = {"blue": (20, 20, 220), "green": (20, 220, 20), "red": (220, 20, 20)}
@@ -114,6 +114,7 @@ def put_model(root: Path, rows: pd.DataFrame, network: nn.Module, trained_on: Se
     (folder / TRAINED_ON).write_text("".join(f"{name}\n" for name in trained_on))
     digest = package.digest(folder)
     metrics = {"model": "cnn_tiny", "epochs": 3, "n_train": 100, "n_holdout": len(rows), "package": digest}
+    metrics["holdout"] = hashlib.sha256("".join(rows["sample_id"] + rows["label"]).encode()).hexdigest()
     (root / "data" / "refit" / "metrics.json").write_text(json.dumps(metrics))
     rows.to_parquet(root / "data" / "refit" / "holdout.parquet")
     return digest

@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from promotion_project import Colour, aliases, make, put_model, settings, versions
 
-from pipeline_steps import promotion, register
+from pipeline_steps import judging, promotion, register
 from pipeline_steps.errors import PleatError
 from pipeline_steps.register import Outcome
 from pipeline_steps.registry import Registry
@@ -47,13 +47,13 @@ def test_from_first_to_better_and_back(tmp_path: Path, rows: pd.DataFrame, capsy
     low = {"promotion.floors.f1_weighted": 0.3, "promotion.floors.f1_macro": 0.3}
     first = run(**low)
     assert (first.version, first.champion, first.event) == ("1", "1", "promoted")
-    assert "this is the first model" in first.verdict.reasons[0]
-    assert first.verdict.evidence["candidate"]["f1_weighted"] == pytest.approx((2 / 3 + 1 + 0) / 3)  # by hand
+    assert "this is the first model" in first.reasons[0]
+    assert first.evidence["candidate"]["f1_weighted"] == pytest.approx((2 / 3 + 1 + 0) / 3)  # by hand
 
     put_model(tmp_path, rows, RIGHT)
     second = run(**low)
     assert (second.version, second.champion, second.event) == ("2", "2", "promoted")
-    assert second.verdict.evidence["gain"]["value"] == pytest.approx(1 - (2 / 3 + 1) / 3)
+    assert second.evidence["gain"]["value"] == pytest.approx(1 - (2 / 3 + 1) / 3)
     assert aliases(uri(tmp_path)) == {"champion": "2"}
     version = MlflowClient(uri(tmp_path)).get_model_version("pleat", "2")
     assert version.description.startswith("Promoted. Version 2 scores")
@@ -66,13 +66,16 @@ def test_from_first_to_better_and_back(tmp_path: Path, rows: pd.DataFrame, capsy
 
     # The same again is judged no second time, and says the same.
     again = run(**low)
-    assert (again.version, again.event, again.verdict.reasons) == ("2", "promoted", second.verdict.reasons)
+    assert (again.version, again.event, again.reasons) == ("2", "promoted", second.reasons)
     assert versions(uri(tmp_path)) == ["1", "2"]
     assert len(Registry("pleat").history()) == 2
 
     event = promotion.rollback(settings(), None, "blue is back in fashion")
     assert (event.kind, event.before, event.after) == ("rolled back", "2", "1")
     assert aliases(uri(tmp_path)) == {"champion": "1"}
+    rolled = run(**low)  # the person's word stands
+    assert (rolled.version, rolled.champion, rolled.event) == ("2", "1", "rolled back")
+    assert verdict_file()["title"] == "Version 2 was rolled back; version 1 is the champion"
     with pytest.raises(PleatError, match="pleat had no champion before version 1"):
         promotion.rollback(settings(), None, "")
     promotion.rollback(settings(), "2", "")
@@ -106,7 +109,7 @@ def test_what_is_not_better_stays_behind(
     put_model(tmp_path, rows, candidate)
     outcome = run()
     assert (outcome.version, outcome.champion, outcome.event) == ("2", "1", event)
-    assert words in " ".join(outcome.verdict.reasons)
+    assert words in " ".join(outcome.reasons)
     assert aliases(uri(tmp_path)) == {"champion": "1"} | ({"challenger": "2"} if event == "challenger" else {})
     assert MlflowClient(uri(tmp_path)).get_model_version("pleat", "2").tags["pleat.verdict"] == event
 
@@ -126,7 +129,7 @@ def test_a_broken_champion_gives_way(tmp_path: Path, rows: pd.DataFrame) -> None
     put_model(tmp_path, rows, Colour(unsure=0.01))
     outcome = run()
     assert (outcome.event, outcome.champion) == ("promoted", "2")
-    assert "Champion version 1 is broken" in " ".join(outcome.verdict.reasons)
+    assert "Champion version 1 is broken" in " ".join(outcome.reasons)
     with pytest.raises(PleatError, match=r"Version 1 is broken: .*The champion stays as it was"):
         promotion.rollback(settings(), None, "")
     assert aliases(uri(tmp_path)) == {"champion": "2"}
@@ -138,7 +141,7 @@ def test_a_broken_candidate_is_rejected(tmp_path: Path, rows: pd.DataFrame) -> N
     requirements.write_text(requirements.read_text() + "a-package-that-is-nowhere==1.0\n")
     outcome = run()
     assert (outcome.event, outcome.champion) == ("rejected", "")
-    assert "its requirement a-package-that-is-nowhere==1.0 is not installed here" in outcome.verdict.reasons[0]
+    assert "its requirement a-package-that-is-nowhere==1.0 is not installed here" in outcome.reasons[0]
 
 
 def test_no_model_is_judged_on_what_it_was_trained_on(
@@ -148,25 +151,25 @@ def test_no_model_is_judged_on_what_it_was_trained_on(
     learned = rows["sample_id"].iloc[5:15].tolist()
     put_model(tmp_path, rows, RIGHT, trained_on=learned)
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(register, "_trained_on", lambda _: set())
+        patched.setattr(judging, "_trained_on", lambda _: set())
         run()
     asked: list[set[str]] = []
-    measure = register.measure
+    measure = judging.measure
 
     def watched(models: Sequence[tuple[str, Path]], images: Sequence[Path]) -> list:
         asked.append({path.name for path in images})
         return measure(models, images)
 
-    monkeypatch.setattr(register, "measure", watched)
+    monkeypatch.setattr(judging, "measure", watched)
     put_model(tmp_path, rows, Colour(unsure=0.01))
     outcome = run()
     assert asked == [set(rows["sample_id"]) - set(learned)]
-    assert outcome.verdict.evidence["n_rows"] == len(rows) - 10
+    assert outcome.evidence["n_rows"] == len(rows) - 10
     # A candidate that has seen them all cannot be judged at all.
     put_model(tmp_path, rows, Colour(unsure=0.02), trained_on=rows["sample_id"])
     outcome = run()
     assert outcome.event == "rejected"
-    assert outcome.verdict.reasons[0].startswith("One of the models was trained on every row of the holdout")
+    assert outcome.reasons[0].startswith("One of the models was trained on every row of the holdout")
 
 
 def test_approval(tmp_path: Path, rows: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
@@ -179,6 +182,7 @@ def test_approval(tmp_path: Path, rows: pd.DataFrame, capsys: pytest.CaptureFixt
     event = promotion.approve(settings(), None, False, "fine", by="Ada in Airflow")
     assert (event.kind, event.actor, event.reasons) == ("approved", "Ada in Airflow", ["fine"])
     assert aliases(uri(tmp_path)) == {"champion": "1"}
+    assert run(**ask).event == "promoted"  # asked and answered
     with pytest.raises(PleatError, match="No version of pleat waits for approval"):
         promotion.approve(settings(), None, False, "")
 
@@ -186,6 +190,7 @@ def test_approval(tmp_path: Path, rows: pd.DataFrame, capsys: pytest.CaptureFixt
     put_model(tmp_path, rows, Colour(unsure=0.01))
     assert run(**ask).event == "approval requested"
     promotion.approve(settings(), "2", True, "too dark")
+    assert run(**ask).event == "declined"
     assert aliases(uri(tmp_path)) == {}
     assert [event.kind for event in Registry("pleat").history()][-2:] == ["approval requested", "declined"]
 
@@ -203,7 +208,7 @@ def test_an_approval_of_yesterday_does_not_beat_todays_champion(tmp_path: Path, 
 def test_a_dry_run_changes_nothing(tmp_path: Path, rows: pd.DataFrame, capsys: pytest.CaptureFixture) -> None:
     put_model(tmp_path, rows, RIGHT)
     outcome = run(**{"promotion.mode": "dry_run"})
-    assert (outcome.version, outcome.event, outcome.verdict.decision) == ("candidate", None, "promoted")
+    assert (outcome.version, outcome.event, outcome.decision) == ("candidate", None, "promoted")
     assert "The candidate would be promoted (dry run)." in capsys.readouterr().out
     assert MlflowClient(uri(tmp_path)).search_registered_models() == []
 
@@ -234,7 +239,7 @@ def test_the_loser_of_a_race_is_judged_again(
     put_model(tmp_path, rows, RIGHT)
     run()
     put_model(tmp_path, rows, Colour(unsure=0.01))
-    judge, raced = register.gate.judge, []
+    judge, raced = judging.gate.judge, []
 
     def slow(*arguments: object) -> object:
         if not raced:  # while this one is judged as if there were no champion, another process promotes version 1
@@ -245,7 +250,7 @@ def test_the_loser_of_a_race_is_judged_again(
 
     registry = Registry("pleat")
     registry.record("rolled back", "1", "1", "", [], {})  # no champion now
-    monkeypatch.setattr(register.gate, "judge", slow)
+    monkeypatch.setattr(judging.gate, "judge", slow)
     outcome = run()
     assert "version 1 became champion meanwhile; version 2 is judged again, against it" in capsys.readouterr().out
     assert (outcome.event, outcome.champion) == ("challenger", "1")  # equal answers: it gains nothing
@@ -267,7 +272,7 @@ def test_without_a_holdout_nothing_is_promoted(tmp_path: Path, rows: pd.DataFram
     put_model(tmp_path, rows.iloc[:0], RIGHT)
     outcome = run()
     assert outcome.event == "rejected"
-    assert "`split.holdout.fraction` in params.yaml is 0" in outcome.verdict.reasons[0]
+    assert "`split.holdout.fraction` in params.yaml is 0" in outcome.reasons[0]
 
 
 def test_merged_labels_are_no_mistake_of_an_older_champion(tmp_path: Path, rows: pd.DataFrame) -> None:
@@ -276,7 +281,7 @@ def test_merged_labels_are_no_mistake_of_an_older_champion(tmp_path: Path, rows:
     renamed = rows.assign(label=rows["label"].replace("blue", "green"))
     put_model(tmp_path, renamed, Colour(unsure=0.01))
     outcome = run(**{"labels.merge": {"Blue": "green"}})
-    assert outcome.verdict.evidence["champion"]["f1_weighted"] == 1.0
+    assert outcome.evidence["champion"]["f1_weighted"] == 1.0
 
 
 def test_refit_has_not_run(tmp_path: Path, rows: pd.DataFrame) -> None:
