@@ -150,7 +150,8 @@ def start(requirements: Sequence[str]) -> Iterator[Isolated]:
     """Starts the process; it ends with the block, or with this process.
 
     Args:
-        requirements: lines of a requirements.txt; what they require themselves can be imported too.
+        requirements: lines of a requirements.txt; what they require themselves can be imported too. What a
+            model needs beyond `serving.REQUIRES` is added when it is opened.
 
     Raises:
         BrokenError: a requirement is not installed here, or cannot be understood.

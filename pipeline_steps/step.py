@@ -20,6 +20,7 @@ from pipeline_steps.errors import FAILURE_FILE, PleatError
 from pipeline_steps.guard import end_with_guard
 from pipeline_steps.progress import say
 from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_version, data_version_of_files
+from pipeline_steps.yaml_text import text_of, unshared
 
 TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser its pages for language models
 
@@ -78,12 +79,20 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand
         run["links"] = _mlflow_page(run["name"])
         _write_about(workspace, dag_id, run_id, run)
     workspaces.remove_old(project, run["name"])
-    say(f"params.yaml of this run:\n{text}")  # first, because Airflow opens a log at its end
+    say(f"Settings of this run:\n{_of_this_run(params)}")  # first, because Airflow opens a log at its end
     say(f"Run {run_id}\n  workspace     {workspace}\n  data version  {run['data_version']}")
     say(f"  code version  {run['code_version']}")
     for title, page in run["links"].items():
         say(f"  {title:12}  {page}")
     return run
+
+
+def _of_this_run(params: Mapping[str, Any]) -> str:
+    """Settings without those of models that are not trained, and of the inbox, which is not looked at."""
+    shown = {key: value for key, value in params.items() if key != "inbox"}
+    for block in ("models", "training"):
+        shown[block] = {name: params[block][name] for name in params["experiment"]["models"]}
+    return text_of(unshared(shown))
 
 
 def run_stage(

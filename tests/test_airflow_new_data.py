@@ -55,6 +55,7 @@ def shop(real_data: Path, table: pd.DataFrame, tmp_path_factory: pytest.TempPath
             "experiment.batches=[sample]", "experiment.folds=2", f"models.mobilenetv2_100.weights={weights}",
             "training.mobilenetv2_100.max_epochs=8", "split.group_by=sender_id", "inbox.settle_s=0",
             "promotion.floors.f1_weighted=0.3", "promotion.floors.f1_macro=0.3", "promotion.confidence=0.8",
+            "promotion.max_cost.latency=20",  # both are the same network, on a busy machine
         ]  # fmt: skip
         check(project, "pleat", "use", "clothing", *(word for setting in chosen for word in ("--set", setting)))
         check(project, "dvc", "remote", "add", "--default", "storage", str(tmp_path_factory.mktemp("remote")))

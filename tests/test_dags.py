@@ -177,14 +177,14 @@ STEP = """
 
 
 def test_a_wrong_setting_is_not_tried_again(home: Path, project: Path) -> None:
-    code = STEP.format(order={"do": "setup", "conf": {"foldz": 3}})
+    code = STEP.format(order={"do": "setup", "conf": {"foldz": 3}, "by_hand": True})
     assert "NEVER AGAIN" in python(project, code, AIRFLOW_HOME=str(home))
 
 
 def test_a_step_that_was_killed_is_tried_again(home: Path, project: Path) -> None:
     kill = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
     (project / "sitecustomize.py").write_text(f"import sys\nif sys.orig_argv[3:4] == ['pipeline_steps.step']: {kill}\n")
-    printed = python(project, STEP.format(order={"do": "setup", "conf": {}}), AIRFLOW_HOME=str(home))
+    printed = python(project, STEP.format(order={"do": "setup", "conf": {}, "by_hand": True}), AIRFLOW_HOME=str(home))
     (project / "sitecustomize.py").unlink()
     assert "AGAIN The step was ended (exit status 137)" in printed
     assert "NEVER" not in printed

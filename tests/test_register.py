@@ -19,7 +19,7 @@ from pipeline_steps.registry import Registry
 RIGHT = Colour()
 SWAPPED = Colour(("green", "red", "blue"))  # right for blue alone
 BLIND = Colour(("red", "green", "red"))  # blue is never said
-SLOW = Colour(work=12)
+SLOW = Colour(work=150)
 
 
 @pytest.fixture
