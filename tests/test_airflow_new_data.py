@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,13 +11,18 @@ import pandas as pd
 import pytest
 from airflow_served import Served, served_in
 from mlflow import MlflowClient
-from mlflow.artifacts import download_artifacts
 from ruamel.yaml import YAML
 from workspace import check
 
 CLASSES = ["Dress", "Longsleeve", "Pants", "Shirt", "Shoes", "T-Shirt"]
 FIRST, LATER = 18, 75  # images of each class, of different senders
 DELIVERY = "spring"
+DOWNLOAD = """
+import sys
+from pathlib import Path
+from pipeline_steps.registry import Registry
+Registry("pleat").download(sys.argv[1], Path(sys.argv[2]) / sys.argv[1])
+"""
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +166,8 @@ def test_the_gate_judged_both_on_rows_that_neither_learned_from(shop: Served, se
     assert verdict["evidence"]["n_rows"] == len(holdout)
     for version in ("1", "2"):
         (tmp_path / version).mkdir()
-        uri = f"models:/pleat/{version}"
-        folder = download_artifacts(uri, dst_path=str(tmp_path / version), tracking_uri=store(shop))
-        package = Path(folder) / "artifacts" / "package" / "trained_on.txt"
+        check(shop.project, sys.executable, "-c", DOWNLOAD, version, str(tmp_path), MLFLOW_TRACKING_URI=store(shop))
+        package = tmp_path / version / "artifacts" / "package" / "trained_on.txt"
         learned = set(package.read_text().split())
         assert learned
         assert not learned & set(holdout["sample_id"])
