@@ -15,6 +15,7 @@ from pipeline_steps.errors import PleatError
 
 PARTIAL = ".partial-"  # .partial-PID-NAME beside NAME; git and DVC ignore it
 REPLACED = ".replaced"
+FLOAT_FORMAT = "%.6g"  # of CSV files
 
 
 @contextmanager
@@ -125,7 +126,7 @@ def write_parquet(path: Path, frame: pd.DataFrame) -> None:
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes a frame as CSV without its index, atomically; floats keep six significant digits."""
     with atomic_path(path) as partial:
-        frame.to_csv(partial, index=False, float_format="%.6g")
+        frame.to_csv(partial, index=False, float_format=FLOAT_FORMAT)
 
 
 def read_json(path: Path) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline_steps import gate
+from pipeline_steps.bootstrap import Holdout
 from pipeline_steps.files import read_parquet
 from pipeline_steps.gate import Broken, Measured, Verdict
 from pipeline_steps.measure import measure
@@ -63,7 +64,7 @@ def _verdict(
         measured = [replace(item, predicted=[]) if isinstance(item, Measured) else item for item in measured]
     merged = {plain_label(old): new for old, new in params.labels.merge.items()}  # an older model knows the old names
     renamed = [_renamed(found, merged) for found in measured]
-    holdout = gate.Holdout(rows["label"].tolist(), rows["group"].tolist())
+    holdout = Holdout(rows["label"].tolist(), rows["group"].tolist())
     verdict = gate.judge(params.promotion, holdout, renamed[0], broken or (renamed[1] if champion_folder else None))
     if len(fair) and not len(rows):
         reason = "One of the models was trained on every row of the holdout, so nothing can be judged on it."

@@ -8,8 +8,8 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from pipeline_steps import metrics, pages, plots
+from pipeline_steps.bootstrap import Holdout, f1_weighted_interval
 from pipeline_steps.files import read_json, write_text
-from pipeline_steps.gate import Holdout, f1_weighted_interval
 from pipeline_steps.params import Params, flat
 
 CONFIDENCE = 0.95

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
@@ -146,7 +146,8 @@ class Registry:
     def exists(self, version: str) -> bool:
         """Whether the version was not deleted."""
         with unless_missing():
-            return self.client.get_model_version(self.name, version).current_stage != "Deleted_Internal"
+            self.client.get_model_version(self.name, version)
+            return True
         return False
 
     def history(self) -> list[Event]:
@@ -163,14 +164,16 @@ class Registry:
 
     def champion(self) -> str:
         """The version in use; empty where there is none. A change that somebody made in MLflow itself is recorded."""
-        if self._alias_differs():
+        events = self._followed()
+        if self._alias(CHAMPION) != champion_of(events):
             time.sleep(LOOK_AGAIN_S)  # another process may be about to set it
-            if self._alias_differs():
-                before, after = champion_of(self.history()), self._alias(CHAMPION)
+            events = self._followed()
+            before, after = champion_of(events), self._alias(CHAMPION)
+            if before != after:
                 reasons = ["Somebody moved the alias champion in MLflow itself."]
                 self.record("changed outside", after or before, before, after, reasons, {})
-        self._follow()
-        return champion_of(self.history())
+                events = self._followed()
+        return champion_of(events)
 
     def record(
         self,
@@ -193,8 +196,7 @@ class Registry:
             self.log_name, NO_FILES, tags={"pleat.event": json.dumps(event)},
             description=title[:5000],
         )  # fmt: skip
-        self._follow()
-        return next(item for item in self.history() if item.number == int(made.version))
+        return next(item for item in self._followed() if item.number == int(made.version))
 
     def describe(self, version: str, text: str, tags: dict[str, str]) -> None:
         """Sets a version's description and tags."""
@@ -202,33 +204,26 @@ class Registry:
         for key, value in tags.items():
             self.client.set_model_version_tag(self.name, version, key, value)
 
-    def _follow(self) -> None:
-        """Sets the aliases to what the history says; goes on until no event came in between."""
+    def _followed(self) -> list[Event]:
+        """Every event, once the aliases are what they say; goes on until none came in between."""
         while True:
             events = self.history()
-            if not events:
-                return
+            model = self._model()
+            newest = str(events[-1].number) if events else None
+            if newest == (model.tags.get(FOLLOWED_TAG) if model else None):
+                return events
             self._set(CHAMPION, champion_of(events))
             self._set(CHALLENGER, challenger_of(events))
-            self.client.set_registered_model_tag(self.name, FOLLOWED_TAG, str(events[-1].number))
-            if len(self.history()) == len(events):
-                return
+            self.client.set_registered_model_tag(self.name, FOLLOWED_TAG, newest)
 
-    def _alias_differs(self) -> bool:
-        """Whether the alias names another version although nothing is left to follow."""
-        events = self.history()
+    def _model(self) -> RegisteredModel | None:
         with unless_missing():
-            tags = self.client.get_registered_model(self.name).tags
-            followed = int(tags.get(FOLLOWED_TAG, 0))
-            return followed == max((event.number for event in events), default=0) and self._alias(
-                CHAMPION
-            ) != champion_of(events)
-        return False
+            return self.client.get_registered_model(self.name)
+        return None
 
     def _alias(self, alias: str) -> str:
-        with unless_missing():
-            return str(self.client.get_model_version_by_alias(self.name, alias).version)
-        return ""
+        model = self._model()
+        return str(model.aliases.get(alias, "")) if model else ""
 
     def _set(self, alias: str, version: str) -> None:
         if self._alias(alias) == version:

@@ -19,7 +19,7 @@ import pandas as pd
 from filelock import FileLock
 
 from pipeline_steps.buckets import redact
-from pipeline_steps.files import read_json, read_parquet
+from pipeline_steps.files import FLOAT_FORMAT, read_json, read_parquet
 from pipeline_steps.params import Params, flat
 from pipeline_steps.progress import say
 from pipeline_steps.versions import (
@@ -116,7 +116,7 @@ class Tracker:
         seen = self.client.get_metric_history(run.info.run_id, "train_loss")
         last = max((metric.step for metric in seen), default=0)
         fresh = [line for line in history if line["epoch"] > last]
-        metrics = [metric for line in fresh for metric in _metrics(line, step=int(line["epoch"]))]
+        metrics = [metric for line in fresh for metric in _metrics(_as_written(line), step=int(line["epoch"]))]
         self.client.log_batch(run.info.run_id, metrics=metrics)
 
     def fold(self, model: str, fold: int) -> None:
@@ -322,6 +322,11 @@ def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
     number = {name: code for code, name in enumerate(classes)}
     actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
     return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
+
+
+def _as_written(line: Mapping[Any, Any]) -> dict[str, float | None]:
+    """An epoch as history.csv has it: a run reads the same, logged while it trained or from that file."""
+    return {name: None if value is None else float(FLOAT_FORMAT % value) for name, value in line.items()}
 
 
 def _metrics(values: Mapping[str, float | None], step: int) -> list[Metric]:

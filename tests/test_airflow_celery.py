@@ -286,8 +286,7 @@ def logged(folder: Path) -> dict[str, Any]:
             "status": run.info.status,
             "params": run.data.params,
             "metrics": run.data.metrics,
-            # Logged while a fold trains they have all digits, from its history.csv six.
-            "losses": [f"{metric.value:.6g}" for metric in client.get_metric_history(run.info.run_id, "train_loss")],
+            "losses": [metric.value for metric in client.get_metric_history(run.info.run_id, "train_loss")],
             "pages": sorted(item.path for item in client.list_artifacts(run.info.run_id, "report")),
             "parent": names.get(run.data.tags.get("mlflow.parentRunId", "")),
             "tags": {key: run.data.tags[key] for key in ("pleat.key", "pleat.kind", "pleat.data_version")},

@@ -223,7 +223,7 @@ def test_without_a_holdout_it_trains_on_all_and_says_what_is_not_known(fresh: Pa
     write_folds(fresh, lambda rows: rows.assign(side="train", fold=rows["fold"].clip(lower=0)))
     found = refit.run(params(**{"split.holdout.fraction": 0}), fresh)
     assert found == metrics(fresh)
-    assert found.keys() == {"model", "epochs", "n_train", "n_holdout", "package"}
+    assert found.keys() == {"model", "epochs", "n_train", "n_holdout", "holdout", "package"}
     assert (found["n_train"], found["n_holdout"]) == (48, 0)
     rows = holdout(fresh)
     assert len(rows) == 0

@@ -109,7 +109,7 @@ def test_what_a_killed_process_left_is_finished(uri: str, monkeypatch: pytest.Mo
     registry = Registry("pleat")
     promote(registry, "1", before="")
     with monkeypatch.context() as patched:
-        patched.setattr(Registry, "_follow", lambda _: None)  # killed after the event, before the alias
+        patched.setattr(Registry, "_followed", Registry.history)  # killed after the event, before the alias
         promote(registry, "2", before="1")
     assert aliases(uri) == {"champion": "1"}
     assert registry.champion() == "2"
@@ -197,7 +197,7 @@ def test_a_store_that_fails_is_never_taken_for_a_missing_alias(uri: str, monkeyp
     def locked(*_: object) -> None:
         raise MlflowException("database is locked")
 
-    monkeypatch.setattr(registry.client, "get_model_version_by_alias", locked)
+    monkeypatch.setattr(registry.client, "get_registered_model", locked)
     with pytest.raises(MlflowException):
         registry.champion()
     monkeypatch.undo()
