@@ -41,7 +41,7 @@ mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
 # Two processes side by side: the tests that start servers mostly wait, the others compute.
-SERVERS := $(wildcard tests/test_airflow_*.py) tests/test_standalone.py tests/test_docker_services.py \
+SERVERS := $(wildcard tests/test_airflow_*.py) $(wildcard tests/test_standalone*.py) tests/test_docker_services.py \
 	tests/test_register.py
 
 test: setup ## all tests

@@ -47,9 +47,7 @@ def add(source: str, name: str, image_format: str = "auto", root: Path = Path())
     sources.kind_of(source)
     target = root / "data" / "raw" / name
     with _alone(root) as lock:
-        for leftover in target.parent.glob(f"{UNFINISHED}*"):
-            say(f"Removing what an add of '{leftover.name.removeprefix(UNFINISHED)}' left that was killed")
-            _undo(root, leftover)
+        _undo_killed(root)
         _check_free(target)
         # Found out now rather than after an hour's download.
         _listed(root / "params.yaml", name)
@@ -74,6 +72,29 @@ def add(source: str, name: str, image_format: str = "auto", root: Path = Path())
     _report(settings, target, used, listing, complete)
 
 
+def clean_up(root: Path) -> None:
+    """Takes back, or ends, an `add` that was killed, as the next one would.
+
+    Raises:
+        PleatError: another `add` is at work, or `root` is no DVC project.
+    """
+    if any((root / "data" / "raw").glob(f"{UNFINISHED}*")):
+        with _alone(root):
+            _undo_killed(root)
+
+
+def check_project(root: Path) -> None:
+    """Passes where DVC keeps its things.
+
+    Raises:
+        PleatError: it does not.
+    """
+    if not (root / ".dvc").is_dir():
+        raise PleatError(
+            f"{root.absolute()} is no DVC project (it has no .dvc folder); change to the project's folder."
+        )
+
+
 def _check_name(name: str) -> None:
     if not re.fullmatch(params.NAME, name) or len(name) > 80 or name.endswith(".dvc"):
         raise PleatError(
@@ -96,10 +117,7 @@ def _check_free(target: Path) -> None:
 @contextmanager
 def _alone(root: Path) -> Iterator[IO[bytes]]:
     """Keeps two adds from changing params.yaml and data/raw/.gitignore at once; the kernel frees it after a kill."""
-    if not (root / ".dvc").is_dir():
-        raise PleatError(
-            f"{root.absolute()} is no DVC project (it has no .dvc folder); change to the project's folder."
-        )
+    check_project(root)
     path = root / ".dvc" / "tmp" / "pleat-data-add.lock"
     try:
         path.parent.mkdir(exist_ok=True)
@@ -173,6 +191,12 @@ def _listed(path: Path, name: str) -> bytes:
     if YAML(typ="safe").load(text) != before:
         raise PleatError(f"{path}: write experiment.batches as a plain list such as [sample]; pleat must add to it.")
     return text.encode()
+
+
+def _undo_killed(root: Path) -> None:
+    for leftover in (root / "data" / "raw").glob(f"{UNFINISHED}*"):
+        say(f"Removing what an add of '{leftover.name.removeprefix(UNFINISHED)}' left that was killed")
+        _undo(root, leftover)
 
 
 def _undo(root: Path, staging: Path) -> None:

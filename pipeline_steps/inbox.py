@@ -5,7 +5,6 @@ after that can be repeated, so a kill at any point and another `take` end as if 
 """
 
 import errno
-import fcntl
 import re
 import shutil
 import time
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from filelock import FileLock, Timeout
 
 from pipeline_steps import archives, data_add, deliveries, versions
 from pipeline_steps import params as settings
@@ -69,7 +70,7 @@ def take(params: Params, root: Path = Path()) -> list[Taken]:
             was begun is ended by the next call.
     """
     with _alone(root):
-        _clean_up_after_add(root)
+        data_add.clean_up(root)
         for decision in decisions(root):
             if decision.data_version is None:
                 _go_on(decision, root)
@@ -107,36 +108,19 @@ def waiting(params: Params, root: Path = Path()) -> list[Delivery]:
 @contextmanager
 def _alone(root: Path) -> Iterator[None]:
     """Keeps two looks from handling one delivery; the kernel frees it after a kill."""
-    if not (root / ".dvc").is_dir():
-        raise PleatError(
-            f"{root.absolute()} is no DVC project (it has no .dvc folder); change to the project's folder."
-        )
+    data_add.check_project(root)
     path = root / STATE / "lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("wb")
+        held = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        raise PleatError(
+            "Another look at the inbox is at work here; it takes what has arrived.", temporary=True
+        ) from None
     except OSError as error:
         raise PleatError(f"Could not write {path}: {error.strerror}; make the project's folder writable.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise PleatError(
-                "Another look at the inbox is at work here; it takes what has arrived.", temporary=True
-            ) from None
-        try:
-            yield
-        finally:
-            # Closing is not enough: dvc's background process for updates may still hold a copy.
-            fcntl.flock(lock, fcntl.LOCK_UN)
-
-
-def _clean_up_after_add(root: Path) -> None:
-    """Takes back, or ends, a `data add` that was killed, as the next one would."""
-    if any((root / "data" / "raw").glob(f"{data_add.UNFINISHED}*")):
-        with data_add._alone(root):
-            for leftover in (root / "data" / "raw").glob(f"{data_add.UNFINISHED}*"):
-                data_add._undo(root, leftover)
+    with held:
+        yield
 
 
 def _go_on(decision: Decision, root: Path) -> None:

@@ -27,6 +27,21 @@ if TYPE_CHECKING:
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
+PROMOTION_AND_INBOX = """\
+promotion:
+  model: pleat
+  mode: auto
+  floors: {f1_weighted: 0.5, f1_macro: 0.4}
+  min_gain: 0.0
+  confidence: 0.95
+  max_class_drop: 0.2
+  max_cost: {latency: 1.5, memory: 2.0, size: 2.0}
+inbox:
+  source: data/inbox
+  every_minutes: 30
+  settle_s: 60
+  max_drift: {label_shares: 0.5, image_statistics: 0.5, new_labels: false}
+"""
 TEST_DATA = Path(os.environ.get("PLEAT_TEST_DATA", "../shared"))
 PLEAT = [sys.executable, "-c", "from pipeline_steps.cli import main; main()"]
 MANIFEST_COLUMNS = ["sample_id", "width", "height", "n_bytes", "phash", "source_path", "label", "sender_id", "batch"]

@@ -1,9 +1,9 @@
 """New data from the inbox to a new champion and back, on real images, in a running Airflow."""
 
+import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -228,7 +228,10 @@ def test_a_person_approves_in_airflow(shop: Served, second_run: str) -> None:
     shop.airflow.until(lambda: shop.airflow.task(run, "approve")["state"] == "awaiting_input", 240, "the question")
     assert aliases(shop) == {"champion": "1", "challenger": "2"}
     question = f"dags/pleat_train/dagRuns/{run}/taskInstances/approve/-1/hitlDetails"
-    time.sleep(10)  # nobody is quicker; an answer while the asking process still ends makes Airflow 3.3 ask again
+    log = shop.project / ".pleat" / "airflow" / "output" / "scheduler.log"
+    ended = re.compile(rf"Received executor event .* task_id='approve', run_id='{re.escape(run)}'")
+    # Airflow 3.3 asks again where it is answered while the task that asks has not ended.
+    shop.airflow.until(lambda: ended.search(log.read_text()), 60, "the end of the task that asks")
     asked = shop.airflow.get(question)
     assert asked["subject"] == "Shall version 2 become the champion?"
     assert "Version 2 scores better than champion version 1" in asked["body"]

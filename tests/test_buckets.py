@@ -6,64 +6,26 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
-from moto.server import ThreadedMotoServer
+from s3_store import put
 
 from pipeline_steps import buckets, sources
 from pipeline_steps.errors import PleatError
 
+pytest_plugins = ["s3_store"]
+
 SET = {"images.csv": b"image,sender_id,label\na,1,Hat\n", "images/a.jpg": b"a", "Röcke/b c+d%20.jpg": b"b"}
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
-
-
-@pytest.fixture
-def client(server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A client with the usual AWS variables set; the bucket `photos` is fresh."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "s3cret",
-        "AWS_REGION": "eu-central-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="photos")
-    yield client
-    for item in client.list_objects_v2(Bucket="photos").get("Contents", []):
-        client.delete_object(Bucket="photos", Key=item["Key"])
-    client.delete_bucket(Bucket="photos")
 
 
 @pytest.fixture
 def batch(tmp_path: Path) -> Path:
     (tmp_path / "staging").mkdir()
     return tmp_path / "staging" / "batch"
-
-
-def put(client: Any, files: dict[str, bytes]) -> None:
-    for key, data in files.items():
-        client.put_object(Bucket="photos", Key=key, Body=data)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

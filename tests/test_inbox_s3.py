@@ -1,69 +1,27 @@
 """An inbox in a bucket, on an S3 server over HTTP (moto's)."""
 
 import io
-import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pytest
 from conftest import content
 from inbox_help import batches, change, dark, images, settings, take
-from moto.server import ThreadedMotoServer
+from s3_store import objects, put
 
 from pipeline_steps import inbox, inbox_s3
 from pipeline_steps.errors import PleatError
 
-pytest_plugins = ["inbox_project"]
+pytest_plugins = ["inbox_project", "s3_store"]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    yield f"http://{host}:{port}"
-    moto.stop()
-
-
-@pytest.fixture
-def client(server: str, shop: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A client of the fresh bucket `photos`; the project's inbox is s3://photos/in."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "s3cret",
-        "AWS_REGION": "us-east-1",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(autouse=True)
+def source(shop: Path) -> None:
     change(shop, {"inbox.source": "s3://photos/in"})
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="photos")
-    yield client
-    for key in objects(client):
-        client.delete_object(Bucket="photos", Key=key)
-    client.delete_bucket(Bucket="photos")
-
-
-def put(client: Any, files: Mapping[str, bytes], prefix: str) -> None:
-    for name, data in files.items():
-        client.put_object(Bucket="photos", Key=prefix + name, Body=data)
-
-
-def objects(client: Any) -> dict[str, bytes]:
-    keys = [item["Key"] for item in client.list_objects_v2(Bucket="photos").get("Contents", [])]
-    return {key: client.get_object(Bucket="photos", Key=key)["Body"].read() for key in keys}
 
 
 def test_folders_and_archives_of_a_bucket(shop: Path, client: Any) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import mlflow
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PLEAT, draw, encode, load_params, names, write_params
-from moto.server import ThreadedMotoServer
+from s3_store import objects, put
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
@@ -27,6 +26,8 @@ from pipeline_steps.registry import Registry
 from pipeline_steps.serving.classifier import Classifier
 from pipeline_steps.serving.images import resize_crop
 from pipeline_steps.vision.networks import CustomCnn
+
+pytest_plugins = ["s3_store"]
 
 CLASSES = ["Hat", "Hose", "Röcke"]
 SETTINGS = load_params()
@@ -212,34 +213,8 @@ def test_stopped_in_the_middle(
     assert names(root / "out") == []
 
 
-@pytest.fixture
-def client(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
-    """A client of a store with the bucket `photos`, with the usual AWS variables set."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_MAX_ATTEMPTS": "1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-    }.items():
-        monkeypatch.setenv(name, value)
-    made = boto3.client("s3")
-    made.create_bucket(Bucket="photos")
-    yield made
-    moto.stop()
-
-
 def test_from_a_bucket_into_a_bucket(packages: dict[str, Path], client: Any, tmp_path: Path) -> None:
-    client.put_object(Bucket="photos", Key="in/sub/b.jpg", Body=encode(draw(1)))
-    client.put_object(Bucket="photos", Key="in/a.jpg", Body=b"")
-    client.put_object(Bucket="photos", Key="in-old/c.jpg", Body=encode(draw(1)))
+    put(client, {"in/sub/b.jpg": encode(draw(1)), "in/a.jpg": b"", "in-old/c.jpg": encode(draw(1))})
     predict.predict(SETTINGS, ["s3://photos/in"], "s3://photos/out/s.parquet", root=tmp_path)
     client.download_file("photos", "out/s.parquet", str(tmp_path / "s.parquet"))
     table = pd.read_parquet(tmp_path / "s.parquet")
@@ -251,7 +226,7 @@ def test_from_a_bucket_into_a_bucket(packages: dict[str, Path], client: Any, tmp
 def test_upload(client: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"content")
     buckets.upload(tmp_path / "file", "s3://photos/some/key")
-    assert client.get_object(Bucket="photos", Key="some/key")["Body"].read() == b"content"
+    assert objects(client) == {"some/key": b"content"}
     with pytest.raises(PleatError, match="Could not upload to s3://absent/key: the bucket does not exist; check its"):
         buckets.upload(tmp_path / "file", "s3://absent/key")
     for address in ("s3://photos", "s3://photos/folder/"):

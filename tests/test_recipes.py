@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import yaml as pyyaml
+from conftest import PROMOTION_AND_INBOX
 from ruamel.yaml import YAML
 
 from pipeline_steps import params, recipes
 from pipeline_steps.errors import PleatError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
-SHARED = """\
+SHARED = (
+    """\
 experiment: {recipe: shared, seed: 1, batches: [sample], models: [a, b, c], folds: 3}   # a number of folds
 ingest: {format: auto, min_side_px: 16, max_pixels: 50_000_000}
 labels: {drop: [], merge: {}}
@@ -43,20 +45,9 @@ training:
     mirror: true
   b: *training
   c: {<<: *training, max_epochs: 60}
-promotion:
-  model: pleat
-  mode: auto
-  floors: {f1_weighted: 0.5, f1_macro: 0.4}
-  min_gain: 0.0
-  confidence: 0.95
-  max_class_drop: 0.2
-  max_cost: {latency: 1.5, memory: 2.0, size: 2.0}
-inbox:
-  source: data/inbox
-  every_minutes: 30
-  settle_s: 60
-  max_drift: {label_shares: 0.5, image_statistics: 0.5, new_labels: false}
 """
+    + PROMOTION_AND_INBOX
+)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml as pyyaml
-from conftest import REPOSITORY
+from conftest import PROMOTION_AND_INBOX, REPOSITORY
 from jsonschema import Draft202012Validator, ValidationError
 from ruamel.yaml import YAML
 
@@ -19,7 +19,8 @@ Form = dict[str, dict[str, Any]]
 
 # Two files that disagree as far as valid files can: `net.v2` is another kind of model in each, `on` pools otherwise,
 # `half` has no training in one of them. Folds are a number, blocks are shared by aliases, words look like other types.
-OWN = """\
+OWN = (
+    """\
 split: &split
   holdout: {salt: "1e3", fraction: 0.0}
   near_copy_max_distance: 4
@@ -45,20 +46,9 @@ training:
     weight_average: 0.0
     mirror: true
   net.v2: *training
-promotion:
-  model: pleat
-  mode: auto
-  floors: {f1_weighted: 0.5, f1_macro: 0.4}
-  min_gain: 0.0
-  confidence: 0.95
-  max_class_drop: 0.2
-  max_cost: {latency: 1.5, memory: 2.0, size: 2.0}
-inbox:
-  source: data/inbox
-  every_minutes: 30
-  settle_s: 60
-  max_drift: {label_shares: 0.5, image_statistics: 0.5, new_labels: false}
 """
+    + PROMOTION_AND_INBOX
+)
 OTHER = """\
 experiment: {recipe: other, seed: 2, batches: [elsewhere], models: [half], folds: [0, 1]}
 ingest: {format: class_folders, min_side_px: 1, max_pixels: 1000}
