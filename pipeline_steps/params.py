@@ -19,6 +19,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 MAX_FOLDS = 1000
 LONGEST_VALUE_SHOWN = 80
+KINDS = {"models": "'frozen' or 'custom_cnn'", "targets": "'multiclass' or 'multilabel'"}
+# Columns of the manifest and of later tables; a target of such a name would hide them.
+TAKEN = {
+    "sample_id", "batch", "source_path", "sender_id", "given", "width", "height", "n_bytes", "phash", "group", "side",
+    "fold", "reason", "detail", "error", "path",
+}  # fmt: skip
 
 
 class Strict(BaseModel):
@@ -58,10 +64,34 @@ class Experiment(Strict):
         return folds
 
 
+class Multiclass(Strict):
+    """A target of which each sample has exactly one class: the label column of the target's name."""
+
+    kind: Literal["multiclass"]
+
+    def columns(self, name: str) -> list[str]:
+        """The label columns that it is read from."""
+        return [name]
+
+
+class Multilabel(Strict):
+    """A target of which each sample may have several classes: the labels of all the columns `of`."""
+
+    kind: Literal["multilabel"]
+    of: Annotated[list[Name], Field(min_length=1)]
+
+    def columns(self, _name: str) -> list[str]:
+        """The label columns that it is read from."""
+        return self.of
+
+
+Target = Annotated[Multiclass | Multilabel, Discriminator("kind")]
+
+
 class Ingest(Strict):
     """What an image must be to enter the manifest."""
 
-    format: Literal["auto", "clothing_csv", "class_folders"]
+    format: Literal["auto", "clothing_csv", "class_folders", "attribute_lists", "colour_garment"]
     min_side_px: Annotated[int, Field(ge=1)]
     max_pixels: Annotated[int, Field(ge=1)]
 
@@ -203,6 +233,7 @@ class Params(Strict):
     """The whole of params.yaml."""
 
     experiment: Experiment
+    targets: Annotated[dict[Name, Target], Field(min_length=1)]
     ingest: Ingest
     labels: Labels
     split: Split
@@ -210,6 +241,14 @@ class Params(Strict):
     training: dict[Name, Training]
     promotion: Promotion
     inbox: Inbox
+
+    @field_validator("targets")
+    @classmethod
+    def _names_are_free(cls, targets: dict[str, Any]) -> dict[str, Any]:
+        for name in (*targets, *(column for name, target in targets.items() for column in target.columns(name))):
+            if name in TAKEN:
+                raise ValueError(f"names '{name}', which is a column that the pipeline fills itself; use another name")
+        return targets
 
     @model_validator(mode="after")
     def _models_exist(self) -> "Params":
@@ -281,8 +320,8 @@ def sentence(error: Any, where: str) -> str:
     if location[-1:] == ["[key]"]:  # pydantic's way to say that the entry's name itself is wrong
         block = ".".join(map(str, location[:-2]))
         return f"{where}: every name in `{block}` must be {_expected(error)}, but one is {_shown(given)}."
-    # Below models.NAME pydantic adds the union's branch (the model's kind), which is no key of the file.
-    if location[:1] == ["models"] and len(location) > 2:
+    # Below models.NAME pydantic adds the union's branch (the kind), which is no key of the file.
+    if location[:1] in (["models"], ["targets"]) and len(location) > 2:
         del location[2]
     key = ".".join(map(str, location))
     if kind in ("extra_forbidden", "invalid_key"):
@@ -293,7 +332,7 @@ def sentence(error: Any, where: str) -> str:
         return f"{where}: {f'`{key}` ' if key else ''}{error['ctx']['error']}."
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         found = f"but got {_shown(given['kind'])}" if "kind" in given else "but is missing"
-        return f"{where}: `{key}.kind` must be 'frozen' or 'custom_cnn', {found}."
+        return f"{where}: `{key}.kind` must be {KINDS[location[0]]}, {found}."
     return f"{where}: {f'`{key}`' if key else 'it'} must be {_expected(error)}, but got {_shown(given)}."
 
 
