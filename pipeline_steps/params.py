@@ -245,9 +245,9 @@ class Params(Strict):
     @field_validator("targets")
     @classmethod
     def _names_are_free(cls, targets: dict[str, Any]) -> dict[str, Any]:
-        for name in (*targets, *(column for name, target in targets.items() for column in target.columns(name))):
-            if name in TAKEN:
-                raise ValueError(f"names '{name}', which is a column that the pipeline fills itself; use another name")
+        columns = {column for name, target in targets.items() for column in target.columns(name)}
+        for taken in sorted(TAKEN & {*targets, *columns}):
+            raise ValueError(f"names '{taken}', which is a column that the pipeline fills itself; use another name")
         return targets
 
     @model_validator(mode="after")
