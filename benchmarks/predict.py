@@ -90,6 +90,7 @@ def build(root: str, data: str, mirror: str) -> None:
 
     from pipeline_steps import package, params
     from pipeline_steps.registry import Registry
+    from pipeline_steps.targets import Target
     from pipeline_steps.vision.backbones import load_backbone
     from pipeline_steps.vision.networks import Head
 
@@ -97,14 +98,14 @@ def build(root: str, data: str, mirror: str) -> None:
     whole = torch.nn.Sequential(backbone, Head(backbone.network.num_features, N_CLASSES, hidden=0, dropout=0.0))
     settings = params.load(Path(root) / "params.yaml")
     about = {
-        "classes": {"label": [f"class {number}" for number in range(N_CLASSES)]},
         "preprocessing": asdict(preprocessing),
         "max_pixels": settings.ingest.max_pixels,
     }
     folder = Path(root) / "package"
     folder.mkdir()
     example = next((Path(data) / "data" / "clothing" / "images").iterdir()).read_bytes()
-    package.write(folder, package.Answering(whole, bool(int(mirror))), preprocessing.crop, about, example)
+    label = Target("label", False, ["label"], [f"class {number}" for number in range(N_CLASSES)])
+    package.write(folder, package.Answering(whole, [label], bool(int(mirror))), preprocessing.crop, about, example)
     registry = Registry(settings.promotion.model)
     experiment = mlflow.create_experiment("pleat", (Path(root) / "mlruns").as_uri())
     run_id = registry.client.create_run(experiment).info.run_id

@@ -1,26 +1,33 @@
 """Scores on the holdout with intervals, from resamples of whole groups.
 
-Shapes: `n` holdout rows in `g` groups, of the `c` classes that occur among them; `r` resamples.
+Shapes: `n` holdout rows in `g` groups; `c` classes that occur among them, in all `t` targets one after the other; `r`
+resamples; `m` kinds of counts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pipeline_steps.metrics import Floats, Ints
+from pipeline_steps.metrics import Bools, Floats, Ints
 
 N_RESAMPLES = 2000
 DRAWS_AT_ONCE = 4_000_000  # group numbers drawn before they are counted, which bounds the memory
 DECIMALS = 12  # kept of a computed number: scores that are equal but for rounding are equal
+Labels = tuple[str, ...]  # of a row: one, several of a multilabel target, or none where a model gave no answer
+Answers = Mapping[str, Sequence[Labels]]  # of each target, each row's labels
 
 
 @dataclass(frozen=True)
 class Holdout:
     """The rows that no model was trained on."""
 
-    actual: list[str]
+    actual: Answers
     group: list[str]  # rows of one group (near copies, one sender) are not independent
+
+    def classes(self, target: str) -> list[str]:
+        """The labels of a target that occur, sorted."""
+        return sorted({label for labels in self.actual[target] for label in labels})
 
 
 @dataclass(frozen=True)
@@ -33,22 +40,31 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Gains:
-    """How far the candidate is above the champion: in weighted F1, and in the recall of each class."""
+class F1Weighted:
+    """Weighted F1, or a gain in it: the mean over the targets, and by target."""
 
-    f1_weighted: Estimate
-    recall: dict[str, Estimate]
+    mean: Estimate
+    targets: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Gains:
+    """How far the candidate is above the champion: in weighted F1, and by target in the recall of each class."""
+
+    f1_weighted: F1Weighted
+    recall: dict[str, dict[str, Estimate]]
 
 
 def paired_bootstrap(
-    holdout: Holdout, candidate: Sequence[str], champion: Sequence[str], confidence: float, seed: int = 0
+    holdout: Holdout, candidate: Answers, champion: Answers, confidence: float, seed: int = 0
 ) -> Gains:
     """The candidate's gain over the champion on the same rows, with percentile intervals.
 
     The percentile interval is that of Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13. Both
     models are scored on every resample, so what makes a row hard for both drops out (Koehn 2004, "Statistical
     significance tests for machine translation evaluation"). Whole groups are drawn, as many as there are, because rows
-    of one group are right or wrong together (the cluster bootstrap of Davison & Hinkley 1997, section 3.8).
+    of one group are right or wrong together (the cluster bootstrap of Davison & Hinkley 1997, section 3.8). All targets
+    are scored on the same resamples.
 
     A resample without a class shows no gain in that class's recall, 0. So an interval excludes 0 only where the class
     occurs in enough groups: at 95% in four, since four groups are all left out of e^-4 = 1.8% of the resamples.
@@ -57,26 +73,38 @@ def paired_bootstrap(
 
     Args:
         holdout: n >= 1 rows. A row whose group is like no other stands for itself.
-        candidate: n labels; one that does not occur in the holdout is a wrong answer, as is "".
-        champion: n labels in the same order.
+        candidate: of each target n answers; a label that does not occur in the holdout is a wrong one, as is none.
+        champion: the same in the same order.
         confidence: between 0 and 1, such as 0.95.
         seed: the same seed and rows give the same intervals, in whatever order the rows stand.
 
     Raises:
-        ValueError: there are no rows, lengths differ, or `confidence` is out of range.
+        ValueError: there are no rows, targets or lengths differ, or `confidence` is out of range.
     """
     _check_bootstrap(holdout, {"candidate": candidate, "champion": champion}, confidence)
-    counts = _counts_by_group(holdout, candidate, champion)
-    total, *by_class = _estimates(counts, _gains, confidence, seed, lowest=-1)
-    return Gains(total, dict(zip(classes_of(holdout), by_class, strict=True)))
+    counts, targets = _counts_by_group(holdout, candidate, champion), list(holdout.actual)
+    classes = [holdout.classes(target) for target in targets]
+
+    def gains(sums: Floats) -> Floats:
+        parts = _by_target(sums, classes)
+        f1 = np.column_stack([_f1_weighted(*part[:3]) - _f1_weighted(part[0], *part[3:]) for part in parts])
+        recalls = [(part[1] - part[3]) / np.maximum(part[0], 1) for part in parts]
+        return np.column_stack([f1.mean(axis=1), f1, *recalls])
+
+    mean, *rest = _estimates(counts, gains, confidence, seed, lowest=-1)
+    recall = iter(rest[len(targets) :])
+    return Gains(
+        F1Weighted(mean, dict(zip(targets, rest, strict=False))),
+        {target: {label: next(recall) for label in names} for target, names in zip(targets, classes, strict=True)},
+    )
 
 
-def f1_weighted_interval(holdout: Holdout, predicted: Sequence[str], confidence: float, seed: int = 0) -> Estimate:
+def f1_weighted_interval(holdout: Holdout, predicted: Answers, confidence: float, seed: int = 0) -> F1Weighted:
     """One model's weighted F1 with its percentile interval, over the same resamples as `paired_bootstrap`.
 
     Args:
         holdout: n >= 1 rows; a single group says nothing about the spread, its interval is 0 to 1.
-        predicted: n labels; one that does not occur in the holdout is a wrong answer, as is "".
+        predicted: of each target n answers; a label that does not occur in the holdout is a wrong one, as is none.
         confidence: between 0 and 1, such as 0.95.
         seed: the same seed and rows give the same interval, in whatever order the rows stand.
 
@@ -84,8 +112,32 @@ def f1_weighted_interval(holdout: Holdout, predicted: Sequence[str], confidence:
         ValueError: as `paired_bootstrap`.
     """
     _check_bootstrap(holdout, {"predicted": predicted}, confidence)
-    counts = _counts_by_group(holdout, predicted)
-    return _estimates(counts, lambda sums: _f1_weighted(*sums.swapaxes(0, 1))[:, None], confidence, seed, lowest=0)[0]
+    counts, targets = _counts_by_group(holdout, predicted), list(holdout.actual)
+    classes = [holdout.classes(target) for target in targets]
+
+    def scores(sums: Floats) -> Floats:
+        f1 = np.column_stack([_f1_weighted(*part) for part in _by_target(sums, classes)])
+        return np.column_stack([f1.mean(axis=1), f1])
+
+    mean, *rest = _estimates(counts, scores, confidence, seed, lowest=0)
+    return F1Weighted(mean, dict(zip(targets, rest, strict=True)))
+
+
+def class_counts(actual: Sequence[Labels], predicted: Sequence[Labels], classes: Sequence[str]) -> Ints:
+    """Of each class the rows that have it, those of them that are answered with it, and all answered with it.
+
+    Returns:
+        Shape (3, len(classes)).
+    """
+    truth, answer = _applies(actual, classes), _applies(predicted, classes)
+    return np.stack([truth.sum(axis=0), (truth & answer).sum(axis=0), answer.sum(axis=0)])
+
+
+def labels_of(cell: str | Iterable[str] | None) -> Labels:
+    """What a model answers, or a table holds, as labels: text, several of them, or "" or None for no answer."""
+    if cell is None or isinstance(cell, str):
+        return (cell,) if cell else ()
+    return tuple(map(str, cell))
 
 
 def _estimates(
@@ -110,21 +162,43 @@ def _estimates(
     return [Estimate(*row) for row in numbers]
 
 
-def _counts_by_group(holdout: Holdout, *models: Sequence[str]) -> Floats:
+def _counts_by_group(holdout: Holdout, *models: Answers) -> Floats:
     """Counts from which every score follows, shape (g, 1 + 2 * number of models, c).
 
     The first are the rows of the class; then for each model its right answers and all its answers of the class.
     """
-    classes, groups = classes_of(holdout), sorted(set(holdout.group))
-    actual, group = numbered(holdout.actual, classes), numbered(holdout.group, groups)
-    # The last class: labels that do not occur in the holdout.
-    counts = np.zeros((len(groups), 1 + 2 * len(models), len(classes) + 1))
-    np.add.at(counts[:, 0], (group, actual), 1)
-    for number, labels in enumerate(models):
-        predicted = numbered(labels, classes)
-        np.add.at(counts[:, 1 + 2 * number], (group, actual), predicted == actual)
-        np.add.at(counts[:, 2 + 2 * number], (group, predicted), 1)
-    return counts[:, :, :-1]
+    _, group = np.unique(holdout.group, return_inverse=True)  # sorted, so that the order of the rows does not matter
+    parts = []
+    for target, actual in holdout.actual.items():
+        classes = holdout.classes(target)
+        truth = _applies(actual, classes)
+        kinds = [truth]
+        for model in models:
+            answer = _applies(model[target], classes)
+            kinds += [truth & answer, answer]
+        counts = np.zeros((group.max() + 1, len(kinds), len(classes)))
+        for number, kind in enumerate(kinds):
+            rows, columns = np.nonzero(kind)
+            np.add.at(counts[:, number], (group[rows], columns), 1)
+        parts.append(counts)
+    return np.concatenate(parts, axis=2)
+
+
+def _applies(labels: Sequence[Labels], classes: Sequence[str]) -> Bools:
+    """Whether each row has each class, shape (rows, classes); other labels are passed over."""
+    place = {label: number for number, label in enumerate(classes)}
+    applies = np.zeros((len(labels), len(classes)), dtype=np.bool_)
+    for row, names in enumerate(labels):
+        for name in names:
+            if name in place:
+                applies[row, place[name]] = True
+    return applies
+
+
+def _by_target(sums: Floats, classes: Sequence[Sequence[str]]) -> list[Floats]:
+    """Counts of shape (r, m, c) as one array a target, of shape (m, r, classes of the target)."""
+    ends = np.cumsum([len(names) for names in classes])[:-1]
+    return [part.swapaxes(0, 1) for part in np.split(sums, ends, axis=2)]
 
 
 def _resample(counts: Floats, rng: np.random.Generator) -> Floats:
@@ -140,14 +214,6 @@ def _resample(counts: Floats, rng: np.random.Generator) -> Floats:
     return np.concatenate(parts).reshape(N_RESAMPLES, *counts.shape[1:])
 
 
-def _gains(counts: Floats) -> Floats:
-    """Gains in weighted F1 and in each class's recall, shape (r, 1 + c), from counts of shape (r, 5, c)."""
-    support, right, answered, champion_right, champion_answered = counts.swapaxes(0, 1)
-    f1_gain = _f1_weighted(support, right, answered) - _f1_weighted(support, champion_right, champion_answered)
-    recall_gain = (right - champion_right) / np.maximum(support, 1)
-    return np.column_stack([f1_gain, recall_gain])
-
-
 def _f1_weighted(support: Floats, right: Floats, answered: Floats) -> Floats:
     """Weighted F1, shape (r,), from counts of shape (r, c): the F1 of a class is 2 right / (support + answered)."""
     f1 = 2 * right / np.maximum(support + answered, 1)
@@ -155,27 +221,30 @@ def _f1_weighted(support: Floats, right: Floats, answered: Floats) -> Floats:
     return weighted
 
 
-def classes_of(holdout: Holdout) -> list[str]:
-    """The labels that occur, sorted."""
-    return sorted(set(holdout.actual))
-
-
-def numbered(labels: Sequence[str], order: list[str]) -> Ints:
-    """The place of each label in `order`, or the number after the last for a label that is not there."""
-    place = {label: number for number, label in enumerate(order)}
-    return np.array([place.get(label, len(order)) for label in labels], dtype=np.int64)
-
-
-def _check_bootstrap(holdout: Holdout, models: dict[str, Sequence[str]], confidence: float) -> None:
+def _check_bootstrap(holdout: Holdout, models: dict[str, Answers], confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"Expected `confidence` to be between 0 and 1, but got {confidence}.")
-    if not holdout.actual:
+    if not holdout.group:
         raise ValueError("Expected at least one holdout row, but got none.")
-    for name, labels in ({"group": holdout.group} | models).items():
-        check_length(name, labels, holdout)
+    check_holdout(holdout)
+    for name, answers in models.items():
+        check_answers(name, answers, holdout)
 
 
-def check_length(name: str, labels: Sequence[str], holdout: Holdout) -> None:
-    """Raises a ValueError where there is not one entry for each holdout row."""
-    if len(labels) != len(holdout.actual):
-        raise ValueError(f"Expected {len(holdout.actual)} entries in `{name}`, one a row, but got {len(labels)}.")
+def check_holdout(holdout: Holdout) -> None:
+    """Raises a ValueError where a row has no label of some target."""
+    check_answers("actual", holdout.actual, holdout)
+    if not all(all(rows) for rows in holdout.actual.values()):
+        raise ValueError("Expected a label for every holdout row, but one has none.")
+
+
+def check_answers(name: str, answers: Answers, holdout: Holdout) -> None:
+    """Raises a ValueError where there is not one entry for each holdout row of each target."""
+    if answers.keys() != holdout.actual.keys():
+        asked, got = ", ".join(holdout.actual), ", ".join(answers)
+        raise ValueError(f"Expected `{name}` to answer the targets {asked}, but it answers {got or 'none'}.")
+    for target, labels in answers.items():
+        if len(labels) != len(holdout.group):
+            raise ValueError(
+                f"Expected {len(holdout.group)} entries in `{name}`, one a row, but got {len(labels)} for {target}."
+            )

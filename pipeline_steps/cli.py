@@ -11,6 +11,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import get_args
 
 from pipeline_steps import params
 from pipeline_steps.errors import FAILURE_FILE, PleatError
@@ -91,7 +92,7 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
     add = actions.add_parser("add", help=text, description=text)
     add.add_argument("source", help="a folder, a .zip or .tar file, a git URL, or s3://bucket/prefix")
     add.add_argument("--name", required=True, help="the batch's name")
-    add.add_argument("--format", default="auto", choices=["auto", "clothing_csv", "class_folders"])
+    add.add_argument("--format", default="auto", choices=get_args(params.Format))
     add.set_defaults(run=_data_add)
     text = "Draw the small set of garment images that data/raw/sample holds."
     sample = actions.add_parser("sample", help=text, description=text)

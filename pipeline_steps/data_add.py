@@ -36,7 +36,7 @@ def add(source: str, name: str, image_format: str = "auto", root: Path = Path())
     Args:
         source: a folder, an archive, a git address, or s3://bucket/prefix.
         name: the batch's name, which must be new.
-        image_format: "auto", "clothing_csv" or "class_folders".
+        image_format: "auto" or a name in `formats.READERS`.
         root: the project's folder.
 
     Raises:
@@ -149,7 +149,8 @@ def _bring(source: str, folder: Path, image_format: str) -> tuple[str, Listing, 
         raise PleatError(str(error).replace(str(folder), redact(source))) from None
     rows = listing.rows
     has_image = rows["source_path"].isin(formats.image_files(folder))
-    complete = rows[has_image & (rows["label"].str.strip() != "")]
+    has_labels = rows[listing.columns].apply(lambda labels: labels.str.strip() != "").all(axis=1)
+    complete = rows[has_image & has_labels]
     if complete.empty:
         raise PleatError(
             f"{redact(source)} has {len(rows):,} rows of labels and {len(listing.unlabelled):,} other images, but no "
@@ -247,7 +248,8 @@ def _sentence(error: OSError, source: str, target: Path) -> PleatError:
 
 def _report(settings: Params, target: Path, used: str, listing: Listing, complete: pd.DataFrame) -> None:
     name = target.name
-    say(f"{target}: {len(complete):,} labelled images of {complete['label'].nunique():,} labels ({used})")
+    classes = ", ".join(f"{complete[column].nunique():,} of {column}" for column in listing.columns)
+    say(f"{target}: {len(complete):,} labelled images, classes: {classes} ({used})")
     n_incomplete = len(listing.rows) - len(complete)
     if n_incomplete:
         say(f"  {n_incomplete:,} rows have no image or no label; ingest puts them into the quarantine")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from pipeline_steps.expectations import Outcome
 
@@ -36,6 +35,18 @@ def write_pages(docs: Path, outcomes: list[Outcome], counts: Mapping[str, Any], 
     (docs / "index.html").write_text(_landing(outcomes, counts, quarantine), encoding="utf-8")
 
 
+def classes_in_words(labels: Mapping[str, Mapping[str, int]]) -> str:
+    """How many classes there are: "17 classes", or of several label columns "6 colour and 5 garment classes".
+
+    Args:
+        labels: the number of images of each label, by label column.
+    """
+    if len(labels) == 1:
+        return f"{len(next(iter(labels.values())))} classes"
+    *most, last = (f"{len(of_column)} {column}" for column, of_column in labels.items())
+    return f"{', '.join(most)} and {last} classes"
+
+
 def _alone(page: str) -> str:
     head = (
         f'<head>\n<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
@@ -47,15 +58,11 @@ def _alone(page: str) -> str:
 
 
 def _landing(outcomes: list[Outcome], counts: Mapping[str, Any], quarantine: pd.DataFrame) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(PAGES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    from pipeline_steps.pages import render  # late, since whoever only asks for the number of classes needs no plots
+
     left_out = [
         (reason, len(rows), rows.head(EXAMPLES_A_REASON).to_dict("records"))
         for reason, rows in sorted(quarantine.groupby("reason"), key=lambda item: (-len(item[1]), item[0]))
     ]
-    largest = max(counts["labels"].values(), default=1)
-    classes = sorted(counts["labels"].items(), key=lambda item: (-item[1], item[0]))
-    bars = [{"name": name, "count": n, "width": round(100 * n / largest, 1)} for name, n in classes]
-    page = environment.get_template("validation.html.j2")
-    return page.render(outcomes=outcomes, counts=counts, left_out=left_out, classes=bars)
+    classes = classes_in_words(counts["labels"])
+    return render("validation.html.j2", outcomes=outcomes, counts=counts, left_out=left_out, classes=classes)

@@ -14,6 +14,7 @@ from pipeline_steps import params
 from pipeline_steps.errors import PleatError
 
 ROWS_NAMED = 5
+LABEL_COLUMN = "{label}"  # as the `column` of an expectation: one for each label column
 
 
 class Rule(params.Strict):
@@ -51,8 +52,8 @@ class Outcome(params.Strict):
         return f"Expectation {rule.name()} failed: {rule.why}; found {self.observed}.{rows} {rule.advice}"
 
 
-def read_suite(path: Path) -> list[Rule]:
-    """Reads the suite.
+def read_suite(path: Path, label_columns: list[str]) -> list[Rule]:
+    """Reads the suite; an entry whose column is `{label}` becomes a rule for each of the label columns.
 
     Raises:
         PleatError: the file is absent or no list of expectations, or an entry lacks one of the four keys of `Rule`.
@@ -73,10 +74,17 @@ def read_suite(path: Path) -> list[Rule]:
             rule = Rule.model_validate(entry)
         except ValidationError as error:
             raise PleatError(params.sentence(error.errors()[0], f"{path}, entry {number}")) from None
-        if rule in rules:
-            raise PleatError(f"{path}, entry {number}: {rule.name()} stands there twice; remove one.")
-        rules.append(rule)
+        for one in _of_each_column(rule, label_columns):
+            if one in rules:
+                raise PleatError(f"{path}, entry {number}: {one.name()} stands there twice; remove one.")
+            rules.append(one)
     return rules
+
+
+def _of_each_column(rule: Rule, label_columns: list[str]) -> list[Rule]:
+    if rule.arguments().get("column") != LABEL_COLUMN:
+        return [rule]
+    return [rule.model_copy(update={"column": name}) for name in label_columns]
 
 
 def run_suite(frame: pd.DataFrame, rules: list[Rule], docs: Path) -> list[Outcome]:

@@ -1,24 +1,23 @@
 """The promotion gate: from two models' answers on the holdout, and what they cost, to a decision with its reasons."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 
-from pipeline_steps import metrics
 from pipeline_steps.bootstrap import (
     DECIMALS,
     N_RESAMPLES,
+    Answers,
     Estimate,
     Gains,
     Holdout,
-    check_length,
-    classes_of,
-    numbered,
+    check_answers,
+    check_holdout,
     paired_bootstrap,
 )
+from pipeline_steps.gate_scores import Scores, scores_of, support, target_evidence
 from pipeline_steps.params import Floors, Promotion
 
 Decision = Literal["promoted", "challenger", "rejected"]
@@ -31,7 +30,7 @@ class Measured:
     """What a package showed in a fresh process: its answers on the holdout rows, and what they cost."""
 
     version: str  # such as "7" or "candidate"; for sentences
-    predicted: list[str]  # a label for each holdout row, in the holdout's order; "" where the model gave no answer
+    predicted: Answers  # for each holdout row, in the holdout's order
     latency_ms: float  # median of single images
     memory_bytes: int  # peak resident
     size_bytes: int  # of the package's files
@@ -46,17 +45,30 @@ class Broken:
 
 
 @dataclass(frozen=True)
+class Unlike:
+    """A champion that answers other targets than the candidate: no score compares the two."""
+
+    version: str
+    answers: list[str]  # its targets, as words of a sentence
+    asked: list[str]  # the candidate's
+
+
+Champion = Measured | Broken | Unlike
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What becomes of a candidate, and why.
 
     `evidence` holds only what JSON knows, always under the same keys; what could not be measured is None:
 
     - n_rows, n_groups; settings (of `promotion` in params.yaml), seed, n_resamples;
-    - candidate, champion: version and either broken (the reason) or latency_ms, memory_bytes, size_bytes, f1_weighted
-      and f1_macro;
-    - gain: value, low and high, in weighted F1;
-    - classes: class to support, candidate_recall, champion_recall and recall_gain (value, low, high);
-    - never_answered_by_champion: classes of the holdout that the champion names for no row, as those it never learned;
+    - candidate, champion: version and either broken (the reason), or answers and asked (targets of a champion that
+      answers others), or latency_ms, memory_bytes, size_bytes, f1_weighted and f1_macro (means over the targets);
+    - gain: value, low and high, in weighted F1 (mean over the targets);
+    - targets: target to candidate and champion (f1_weighted, f1_macro), gain, classes (class to support,
+      candidate_recall, champion_recall and recall_gain) and never_answered_by_champion (classes of the holdout that
+      the champion names for no row, as those it never learned);
     - cost_ratios: latency, memory and size, the candidate's as a multiple of the champion's.
     """
 
@@ -65,41 +77,31 @@ class Verdict:
     evidence: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class _Scores:
-    """Scores of one model over the classes that occur in the holdout."""
-
-    f1_weighted: float
-    f1_macro: float
-    recall: dict[str, float]
-
-
 def judge(
-    settings: Promotion,
-    holdout: Holdout,
-    candidate: Measured | Broken,
-    champion: Measured | Broken | None,
-    seed: int = 0,
+    settings: Promotion, holdout: Holdout, candidate: Measured | Broken, champion: Champion | None, seed: int = 0
 ) -> Verdict:
     """Decides whether a trained candidate becomes champion, stays a challenger, or neither.
 
     Rejected is what is broken, cannot be judged, misses a floor, scores lower than the champion, or loses a class.
     A challenger is what is not shown to be better by more than `min_gain`, or costs too much. The rest is promoted.
+    Floors and gain are of the mean over the targets; a class is lost in any of them.
 
     Args:
         settings: the block `promotion` of params.yaml; `mode` is the caller's.
         holdout: may be empty, which is a reason to reject.
         candidate: the package to judge.
-        champion: None where no model was ever promoted; a broken one is compared with no more than an absent one.
+        champion: None where no model was ever promoted; one that is broken, or answers other targets, is compared with
+            no more than an absent one.
         seed: of the bootstrap.
 
     Raises:
-        ValueError: lists differ in length, a row has no label, or a cost is no positive number.
+        ValueError: targets or lengths differ, a row has no label, or a cost is no positive number.
     """
     _check(holdout, candidate, champion)
-    rows = bool(holdout.actual)
-    scores = _scores(holdout, candidate.predicted) if rows and isinstance(candidate, Measured) else None
-    champion_scores = _scores(holdout, champion.predicted) if rows and isinstance(champion, Measured) else None
+    rows = bool(holdout.group)
+    scores = scores_of(holdout, candidate.predicted) if rows and isinstance(candidate, Measured) else None
+    champion_scores = scores_of(holdout, champion.predicted) if rows and isinstance(champion, Measured) else None
+    champion_answers = champion.predicted if isinstance(champion, Measured) else None
     gains, ratios = None, None
     findings: list[Finding] = []
 
@@ -115,10 +117,13 @@ def judge(
     elif isinstance(champion, Broken):
         reason = f"Champion version {champion.version} is broken, so it could not be compared with: {champion.reason}."
         findings.append(("promoted", reason))
+    elif isinstance(champion, Unlike):
+        findings.append(("promoted", _not_compared(champion)))
     elif isinstance(candidate, Measured):
         if scores and champion_scores:
             gains = paired_bootstrap(holdout, candidate.predicted, champion.predicted, settings.confidence, seed)
-            findings.append(_compared(settings, candidate, champion, scores, champion_scores, gains.f1_weighted))
+            gain = gains.f1_weighted.mean
+            findings.append(_compared(settings, candidate, champion, scores, champion_scores, gain))
             findings += _collapsed(settings, holdout, scores, champion_scores, gains)
         ratios = _cost_ratios(candidate, champion)
         findings += _too_costly(settings, candidate, champion, ratios)
@@ -127,31 +132,21 @@ def judge(
 
     findings.sort(key=lambda finding: SEVERITY.index(finding[0]))  # stable: in the order above among equals
     evidence = {
-        "n_rows": len(holdout.actual),
+        "n_rows": len(holdout.group),
         "n_groups": len(set(holdout.group)),
         "settings": settings.model_dump(),
         "seed": seed,
         "n_resamples": N_RESAMPLES,
         "candidate": _model_evidence(candidate, scores),
         "champion": _model_evidence(champion, champion_scores) if champion else None,
-        "gain": asdict(gains.f1_weighted) if gains else None,
-        "classes": _class_evidence(holdout, scores, champion_scores, gains),
-        "never_answered_by_champion": _never_answered(holdout, champion),
+        "gain": asdict(gains.f1_weighted.mean) if gains else None,
+        "targets": {
+            target: target_evidence(holdout, target, scores, champion_scores, gains, champion_answers)
+            for target in holdout.actual
+        },
         "cost_ratios": ratios,
     }
     return Verdict(findings[0][0], [sentence for _, sentence in findings], evidence)
-
-
-def _scores(holdout: Holdout, predicted: Sequence[str]) -> _Scores:
-    classes = classes_of(holdout)
-    by_class = metrics.class_scores(
-        numbered(holdout.actual, classes), numbered(predicted, classes), n_classes=len(classes)
-    )
-    return _Scores(
-        f1_weighted=round(float(np.average(by_class.f1, weights=by_class.support)), DECIMALS),
-        f1_macro=round(float(by_class.f1.mean()), DECIMALS),
-        recall=dict(zip(classes, by_class.recall.tolist(), strict=True)),
-    )
 
 
 def _cost_ratios(candidate: Measured, champion: Measured) -> dict[str, float]:
@@ -162,50 +157,58 @@ def _cost_ratios(candidate: Measured, champion: Measured) -> dict[str, float]:
     }
 
 
-def _missed_floors(floors: Floors, candidate: Measured | Broken, scores: _Scores) -> list[Finding]:
+def _missed_floors(floors: Floors, candidate: Measured | Broken, scores: Scores) -> list[Finding]:
     findings: list[Finding] = []
     for name, score, floor in (
         ("weighted F1", scores.f1_weighted, floors.f1_weighted),
         ("macro F1", scores.f1_macro, floors.f1_macro),
     ):
         if score < floor:
-            found = f"{_named(candidate)} has a {name} of {_decimals(score, floor)} on the holdout"
+            found = f"{_named(candidate)} has a {name} of {_decimals(score, floor)} on the holdout{scores.over}"
             findings.append(("rejected", f"{found}, below the floor of {floor:.10g}."))
     return findings
 
 
-def _reached_floors(floors: Floors, candidate: Measured | Broken, scores: _Scores) -> str:
+def _reached_floors(floors: Floors, candidate: Measured | Broken, scores: Scores) -> str:
     weighted = f"weighted F1 {_decimals(scores.f1_weighted, floors.f1_weighted)} (floor {floors.f1_weighted:.10g})"
     macro = f"macro F1 {_decimals(scores.f1_macro, floors.f1_macro)} (floor {floors.f1_macro:.10g})"
-    return f"{_named(candidate)} reaches the floors on the holdout: {weighted} and {macro}."
+    return f"{_named(candidate)} reaches the floors on the holdout{scores.over}: {weighted} and {macro}."
+
+
+def _not_compared(champion: Unlike) -> str:
+    return (
+        f"Champion version {champion.version} answers other targets ({', '.join(champion.answers)}) than are asked for "
+        f"now ({', '.join(champion.asked)}), so it could not be compared with: promotion goes on as for a first model."
+    )
 
 
 def _compared(
     settings: Promotion,
     candidate: Measured,
     champion: Measured,
-    scores: _Scores,
-    champion_scores: _Scores,
+    scores: Scores,
+    champion_scores: Scores,
     gain: Estimate,
 ) -> Finding:
     """What the gain in weighted F1 allows the candidate to become."""
-    name, other, n_rows = _named(candidate), f"champion version {champion.version}", len(candidate.predicted)
+    name, other = _named(candidate), f"champion version {champion.version}"
+    n_rows, over = len(next(iter(candidate.predicted.values()))), scores.over
     least, score = settings.min_gain, scores.f1_weighted
     if candidate.predicted == champion.predicted:
         reason = f"{name} gives the same answers as {other} on all {n_rows:,} holdout images, so it gains nothing"
-        return "challenger", f"{reason}: weighted F1 {score:.3f} for both."
+        return "challenger", f"{reason}: weighted F1 {score:.3f}{over} for both."
     low, high = _decimals(gain.low, least, "+"), _decimals(gain.high, 0, "+")
     interval = f"{100 * settings.confidence:.10g}% interval"
     numbers = (
-        f"weighted F1 {score:.3f} against {champion_scores.f1_weighted:.3f} on {n_rows:,} holdout images, a gain of "
-        f"{_decimals(gain.value, 0, '+')} with a {interval} of {low} to {high}"
+        f"weighted F1 {score:.3f} against {champion_scores.f1_weighted:.3f}{over} on {n_rows:,} holdout images, a gain "
+        f"of {_decimals(gain.value, 0, '+')} with a {interval} of {low} to {high}"
     )
     if gain.high < 0:
         return "rejected", f"{name} scores lower than {other}: {numbers}, all of it below 0, so this is not noise."
     if gain.value < 0:
         return "rejected", f"{name} scores lower than {other}, though within noise: {numbers}."
     if gain.value == 0:
-        reason = f"{name} has the same score as {other}, with other answers: weighted F1 {score:.3f} for both on"
+        reason = f"{name} has the same score as {other}, with other answers: weighted F1 {score:.3f}{over} for both on"
         return "challenger", f"{reason} {n_rows:,} holdout images, a gain of 0 with a {interval} of {low} to {high}."
     if gain.low <= 0:
         return "challenger", f"{name} scores better than {other}, but within noise: {numbers}, which is not above 0."
@@ -216,17 +219,19 @@ def _compared(
 
 
 def _collapsed(
-    settings: Promotion, holdout: Holdout, scores: _Scores, champion_scores: _Scores, gains: Gains
+    settings: Promotion, holdout: Holdout, scores: Scores, champion_scores: Scores, gains: Gains
 ) -> list[Finding]:
     """One finding for each class that the candidate loses, the worst first."""
     findings: list[Finding] = []
     interval = f"{100 * settings.confidence:.10g}% interval"
-    for label, gain in sorted(gains.recall.items(), key=lambda item: item[1].value):
+    every = [(target, *item) for target, recall in gains.recall.items() for item in recall.items()]
+    for target, label, gain in sorted(every, key=lambda item: item[2].value):
         if -gain.value > settings.max_class_drop and gain.high < 0:
+            before, after = (model.targets[target].recall[label] for model in (champion_scores, scores))
             drop = f"{_decimals(-gain.high, 0)} to {_decimals(-gain.low, 0)}"
             reason = (
-                f"Class '{label}' collapses: its recall falls from {champion_scores.recall[label]:.3f} to "
-                f"{scores.recall[label]:.3f} on {holdout.actual.count(label):,} holdout images, by "
+                f"Class '{label}'{f' of {target}' if len(gains.recall) > 1 else ''} collapses: its recall falls from "
+                f"{before:.3f} to {after:.3f} on {support(holdout, target, label):,} holdout images, by "
                 f"{_decimals(-gain.value, settings.max_class_drop)} with a {interval} of {drop}, more than the limit "
                 f"of {settings.max_class_drop:.10g}."
             )
@@ -251,9 +256,11 @@ def _too_costly(
     return findings
 
 
-def _model_evidence(model: Measured | Broken, scores: _Scores | None) -> dict[str, Any]:
+def _model_evidence(model: Champion, scores: Scores | None) -> dict[str, Any]:
     if isinstance(model, Broken):
         return {"version": model.version, "broken": model.reason}
+    if isinstance(model, Unlike):
+        return asdict(model)
     return {
         "version": model.version,
         "latency_ms": model.latency_ms,
@@ -264,33 +271,11 @@ def _model_evidence(model: Measured | Broken, scores: _Scores | None) -> dict[st
     }
 
 
-def _class_evidence(
-    holdout: Holdout, scores: _Scores | None, champion_scores: _Scores | None, gains: Gains | None
-) -> dict[str, Any]:
-    return {
-        label: {
-            "support": holdout.actual.count(label),
-            "candidate_recall": scores.recall[label] if scores else None,
-            "champion_recall": champion_scores.recall[label] if champion_scores else None,
-            "recall_gain": asdict(gains.recall[label]) if gains else None,
-        }
-        for label in classes_of(holdout)
-    }
-
-
-def _never_answered(holdout: Holdout, champion: Measured | Broken | None) -> list[str] | None:
-    if not isinstance(champion, Measured):
-        return None
-    return sorted(set(holdout.actual) - set(champion.predicted))
-
-
-def _check(holdout: Holdout, candidate: Measured | Broken, champion: Measured | Broken | None) -> None:
-    check_length("group", holdout.group, holdout)
-    if "" in holdout.actual:
-        raise ValueError("Expected a label for every holdout row, but one has none.")
+def _check(holdout: Holdout, candidate: Measured | Broken, champion: Champion | None) -> None:
+    check_holdout(holdout)
     for model in (candidate, champion):
         if isinstance(model, Measured):
-            check_length(f"predicted of version {model.version}", model.predicted, holdout)
+            check_answers(f"predicted of version {model.version}", model.predicted, holdout)
             for name in ("latency_ms", "memory_bytes", "size_bytes"):
                 cost = getattr(model, name)
                 if not (cost > 0 and math.isfinite(cost)):

@@ -11,10 +11,10 @@ from pipeline_steps import drift, ingest, workspaces
 from pipeline_steps.drift import Distance
 from pipeline_steps.errors import PleatError
 from pipeline_steps.expectations import Outcome, Rule, read_suite, run_suite
-from pipeline_steps.files import read_parquet
 from pipeline_steps.image_statistics import STATISTICS, sample, statistics
 from pipeline_steps.params import Drift, Params
-from pipeline_steps.validate import SUITE, apply_labels, remove_copies
+from pipeline_steps.targets import label_columns
+from pipeline_steps.validate import SUITE, apply_labels, keep_classes, read_ingested, remove_copies, top_classes
 
 UNUSABLE = ("missing file", "undecodable", "truncated", "too small", "too many pixels", "outside the folder")
 MAX_UNUSABLE = 0.2  # of a delivery's labelled images; more of them speak for a transfer that went wrong
@@ -24,6 +24,10 @@ NO_TRAINING_DATA = (
 )
 
 
+# Manifest and quarantine.
+Ingested = tuple[pd.DataFrame, pd.DataFrame]
+
+
 @dataclass
 class Check:
     """What was found out about a delivery; each reason speaks against it, a note is only told.
@@ -31,10 +35,10 @@ class Check:
     Attributes:
         reasons: sentences; where there is none the delivery is good.
         notes: sentences.
-        manifest: its usable images, labels dropped and merged.
+        manifest: its usable images, labels dropped and merged, of the top classes.
         quarantine: reason to number of rows or files.
         outcomes: of the expectations.
-        labels: a row for each label: its number of `training` and `delivery` images.
+        labels: by label column, a row for each label: its number of `training` and `delivery` images.
         distances: from the training data.
         training: image statistics of a sample of the training data, a row an image.
         delivery: likewise.
@@ -45,7 +49,7 @@ class Check:
     manifest: pd.DataFrame = field(default_factory=pd.DataFrame)
     quarantine: dict[str, int] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
-    labels: pd.DataFrame = field(default_factory=pd.DataFrame)
+    labels: dict[str, pd.DataFrame] = field(default_factory=dict)
     distances: list[Distance] = field(default_factory=list)
     training: pd.DataFrame = field(default_factory=pd.DataFrame)
     delivery: pd.DataFrame = field(default_factory=pd.DataFrame)
@@ -73,21 +77,35 @@ def check(params: Params, root: Path, work: Path, batch: str, kept: Path) -> Che
             raise
         found.reasons.append(str(error))
         return found
-    own = _read([work / "data" / "ingest" / batch])
-    found.manifest, left_out = _clean(own, params)
-    found.quarantine = dict(Counter(left_out["reason"]))
-    _check_usable(found, len(own[0]) + len(own[1]) - sum(own[1]["reason"] == "no label"))
+    columns, ingested = label_columns(params.targets), work / "data" / "ingest" / batch
     folders = {name: folder for name in params.experiment.batches if (folder := _ingested(root, name))}
-    training, _ = _clean(_read(list(folders.values())), params) if folders else (pd.DataFrame(), None)
+    before = read_ingested(folders, params.targets) if folders else None
+    try:
+        own = read_ingested({batch: ingested}, params.targets)
+    except PleatError as error:
+        found.reasons.append(str(error))
+        return found
+    together, _ = _clean(_joined(before, own) if before else own, params)
+    # As `validate` would choose them with the delivery.
+    classes = top_classes(together, params.labels, columns)
+    training, _ = keep_classes(_clean(before, params)[0], classes) if before else (pd.DataFrame(), None)
+    usable, left_out = _clean(own, params)
+    found.manifest, rare = keep_classes(usable, classes)
+    found.quarantine = dict(Counter([*left_out["reason"], *rare["reason"]]))
+    _check_usable(found, len(own[0]) + len(own[1]) - sum(own[1]["reason"] == "no label"))
     absent = [name for name in params.experiment.batches if name not in folders]
     if absent and not training.empty:
         found.notes.append(f"It was compared without {', '.join(absent)}: no run has ingested that yet.")
-    _check_suite(found, root, work, training, params, [*folders.values(), work / "data" / "ingest" / batch])
+    rules = read_suite(root / SUITE, columns)
+    _check_suite(found, rules, None if training.empty else keep_classes(together, classes)[0], work)
     if training.empty:
         found.notes.append(NO_TRAINING_DATA)
-        found.labels = _label_table({}, Counter(found.manifest["label"]))
+        found.labels = {column: _label_table({}, Counter(found.manifest[column])) for column in columns}
     elif not found.manifest.empty:
-        _compare(found, training, params.inbox.max_drift, folders, work / "data" / "ingest" / batch, kept)
+        for column in columns:
+            _compare_labels(found, column, training, params.inbox.max_drift, f" of {column}" if columns[1:] else "")
+        _compare_statistics(found, training, params.inbox.max_drift, folders, ingested, kept)
+        found.reasons += [_sentence(distance) for distance in found.distances if distance.broken]
     return found
 
 
@@ -103,18 +121,17 @@ def _ingested(root: Path, batch: str) -> Path | None:
     return None
 
 
-def _read(folders: list[Path]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Manifest and quarantine of ingested batches."""
-    names = ("manifest.parquet", "quarantine.parquet")
-    frames = [pd.concat([read_parquet(folder / name) for folder in folders], ignore_index=True) for name in names]
-    return frames[0], frames[1]
-
-
-def _clean(ingested: tuple[pd.DataFrame, pd.DataFrame], params: Params) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Manifest and quarantine as `validate` leaves them."""
-    manifest, dropped, _ = apply_labels(*ingested, params.labels)
-    manifest, copies = remove_copies(manifest)
+def _clean(ingested: Ingested, params: Params) -> Ingested:
+    """Manifest and quarantine as `validate` leaves them, but with all classes."""
+    columns = label_columns(params.targets)
+    manifest, dropped, _ = apply_labels(*ingested, params.labels, columns)
+    manifest, copies = remove_copies(manifest, columns)
     return manifest, pd.concat([ingested[1], dropped, copies], ignore_index=True)
+
+
+def _joined(first: Ingested, second: Ingested) -> Ingested:
+    manifests, quarantines = zip(first, second, strict=True)
+    return pd.concat(manifests, ignore_index=True), pd.concat(quarantines, ignore_index=True)
 
 
 def _check_usable(found: Check, n_rows: int) -> None:
@@ -132,19 +149,14 @@ def _check_usable(found: Check, n_rows: int) -> None:
         )
 
 
-def _check_suite(
-    found: Check, root: Path, work: Path, training: pd.DataFrame, params: Params, folders: list[Path]
-) -> None:
+def _check_suite(found: Check, rules: list[Rule], together: pd.DataFrame | None, work: Path) -> None:
     """Rules on rows look at the delivery alone; rules on the whole table at what `validate` would see with it."""
     if found.manifest.empty:
         return
-    rules = read_suite(root / SUITE)
     on_rows = [rule for rule in rules if _on_rows(rule)]
-    on_table = [rule for rule in rules if rule not in on_rows]
     found.outcomes += _outcomes(found.manifest, on_rows, work / "docs_rows")
-    if on_table and not training.empty:
-        together, _ = _clean(_read(folders), params)
-        found.outcomes += _outcomes(together, on_table, work / "docs_table")
+    if together is not None:
+        found.outcomes += _outcomes(together, [rule for rule in rules if rule not in on_rows], work / "docs_table")
     for outcome in found.outcomes:
         if not outcome.success:
             (found.reasons if outcome.rule.severity == "critical" else found.notes).append(outcome.sentence())
@@ -171,30 +183,34 @@ def _on_rows(rule: Rule) -> bool:
     return issubclass(registry.get_expectation_impl(rule.expect), kinds)
 
 
-def _compare(
-    found: Check, training: pd.DataFrame, limits: Drift, folders: dict[str, Path], own: Path, kept: Path
-) -> None:
-    known, delivered = Counter(training["label"]), Counter(found.manifest["label"])
-    found.labels = _label_table(known, delivered)
+def _compare_labels(found: Check, column: str, training: pd.DataFrame, limits: Drift, of_column: str) -> None:
+    """`of_column` tells in sentences which label column is meant; empty where there is only one."""
+    known, delivered = Counter(training[column]), Counter(found.manifest[column])
+    found.labels[column] = _label_table(known, delivered)
     unknown = sorted(set(delivered) - set(known))
     if unknown:
         names = ", ".join(f"'{label}' ({delivered[label]:,} images{_nearest(label, known)})" for label in unknown)
         allowed = limits.new_labels
         advice = "" if allowed else " Merge or drop them under `labels`, or allow them with inbox.max_drift.new_labels."
         (found.notes if allowed else found.reasons).append(
-            f"Labels that the training data does not have: {names}.{advice}"
+            f"Labels{of_column} that the training data does not have: {names}.{advice}"
         )
+    name = f"{drift.LABEL_SHARES}{of_column}"
+    found.distances.append(drift.label_distance(known, delivered, limits.label_shares, name))
+
+
+def _compare_statistics(
+    found: Check, training: pd.DataFrame, limits: Drift, folders: dict[str, Path], own: Path, kept: Path
+) -> None:
     before, now = sample(training), sample(found.manifest)
     found.training = statistics(before, {name: folder / "images.arrow" for name, folder in folders.items()}, kept)
     found.delivery = statistics(now, {own.name: own / "images.arrow"})
-    found.distances = [drift.label_distance(known, delivered, limits.label_shares)]
     found.distances += [
         drift.statistic_distance(
             name, found.training[name].to_numpy(), found.delivery[name].to_numpy(), limits.image_statistics
         )
         for name in STATISTICS
     ]
-    found.reasons += [_sentence(distance) for distance in found.distances if distance.broken]
 
 
 def _nearest(label: str, known: Counter[str]) -> str:
@@ -212,8 +228,8 @@ def _label_table(training: dict[str, int], delivery: dict[str, int]) -> pd.DataF
 
 def _sentence(distance: Distance) -> str:
     apart = f"by {distance.distance:.2f} from those of the training data (limit {distance.limit:g})"
-    if distance.name == drift.LABEL_SHARES:
-        return f"The label shares differ {apart}."
+    if distance.name not in STATISTICS:
+        return f"The {distance.name} differ {apart}."
     return (
         f"The values of {distance.name.replace('_', ' ')} ({STATISTICS[distance.name]}) differ {apart}: their mean is "
         f"{distance.delivery:.3g}, that of the training data {distance.training:.3g}."

@@ -78,7 +78,7 @@ def known_images(params: Params, root: Path, notes: Path) -> set[str]:
 
 
 def leave_out(folder: Path, image_format: str, found: dict[str, Content], known: set[str]) -> LeftOut:
-    """Removes from `folder` the images whose MD5 is in `known`, and all but one of those with equal bytes and label.
+    """Removes from `folder` the images whose MD5 is in `known`, and all but one of those with equal bytes and labels.
 
     Equal bytes under different labels stay, since `validate` quarantines them all and says why.
 
@@ -86,27 +86,36 @@ def leave_out(folder: Path, image_format: str, found: dict[str, Content], known:
         PleatError: the folder is no data set of the format, or the labels of the rest would read differently.
     """
     listing = formats.read(folder, image_format)
-    label_of = dict(zip(listing.rows["source_path"], listing.rows["label"], strict=True))
+    labels_of = _labels(listing)
     repeated, gone, seen = [], [], set()
-    for path in [path for path in label_of if path in found] + listing.unlabelled:
-        content, label = found[path], label_of.get(path)
+    for path in [path for path in labels_of if path in found] + listing.unlabelled:
+        content, labels = found[path], labels_of.get(path)
         if content.md5 in known:
             gone.append(path)
-        elif (content, label) in seen:
+        elif (content, labels) in seen:
             repeated.append(path)
-        seen.add((content, label))
+        seen.add((content, labels))
     removed = {*gone, *repeated}
-    labelled = {path for path in label_of if path in found and label_of[path].strip()} - removed
+    labelled = {path for path, labels in labels_of.items() if path in found and all(map(str.strip, labels))} - removed
     if removed and labelled:
         _remove(folder, image_format, removed, listing)
-        rows = formats.read(folder, image_format).rows
-        rest = dict(zip(rows["source_path"], rows["label"], strict=True))
-        if rest != {path: label for path, label in label_of.items() if path not in removed}:
+        try:
+            rest = formats.read(folder, image_format)
+        except PleatError:  # such as a list of images that is empty now
+            rest = None
+        kept = {path: labels for path, labels in labels_of.items() if path not in removed}
+        if rest is None or (rest.columns, _labels(rest)) != (listing.columns, kept):
             raise PleatError(
                 "Without the images that are known already the labels of the rest would read differently; deliver the "
                 "new images in a folder of their own."
             )
     return LeftOut(gone, repeated, len(labelled))
+
+
+def _labels(listing: formats.Listing) -> dict[str, tuple[str, ...]]:
+    """The labels of each row by its path, in the order of `listing.columns`."""
+    labels = listing.rows[listing.columns].itertuples(index=False, name=None)
+    return dict(zip(listing.rows["source_path"], labels, strict=True))
 
 
 def _content(path: Path) -> Content:
@@ -148,12 +157,16 @@ def _tracked(root: Path, batch: str, notes: Path) -> set[str]:
 def _remove(folder: Path, image_format: str, removed: set[str], before: formats.Listing) -> None:
     for path in removed:
         (folder / path).unlink()
-    if (formats.detect(folder) if image_format == "auto" else image_format) != "clothing_csv":
-        return
-    _keep_rows(folder / TABLE, ~before.rows["source_path"].isin(removed))
-    # The same image in a less preferred folder has no row of its own any more.
-    for path in set(formats.read(folder, image_format).unlabelled) - set(before.unlabelled):
-        (folder / path).unlink()
+    rows, kept = before.rows, ~before.rows["source_path"].isin(removed)
+    image_format = formats.detect(folder) if image_format == "auto" else image_format
+    if image_format == "clothing_csv":
+        _keep_rows(folder / TABLE, kept)
+        # The same image in a less preferred folder has no row of its own any more.
+        for path in set(formats.read(folder, image_format).unlabelled) - set(before.unlabelled):
+            (folder / path).unlink()
+    elif image_format == "attribute_lists":
+        for given in rows["given"].unique():
+            _keep_lines(folder / "split", given, kept[rows["given"] == given])
 
 
 def _keep_rows(table: Path, kept: "pd.Series[bool]") -> None:
@@ -163,3 +176,14 @@ def _keep_rows(table: Path, kept: "pd.Series[bool]") -> None:
     left = [row for row, keep in zip(rows[1:], kept, strict=True) if keep]
     csv.writer(out, lineterminator="\n").writerows([rows[0], *left])
     write_text(table, out.getvalue())
+
+
+def _keep_lines(split: Path, given: str, kept: "pd.Series[bool]") -> None:
+    """Rewrites the list of the train or val images and that of their labels; without one image neither stays."""
+    for path in (split / f"{given}.txt", split / f"{given}_attr.txt"):
+        header, *lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
+        left = [line for line, keep in zip(lines, kept, strict=True) if keep]
+        if left:
+            write_text(path, "\n".join([header, *left]) + "\n")
+        else:
+            path.unlink()

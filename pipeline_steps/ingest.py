@@ -61,7 +61,9 @@ class Packed:
 def run(params: Params, batch: str, root: Path = Path()) -> None:
     """Writes data/ingest/BATCH: manifest.parquet, quarantine.parquet, images.arrow, counts.json.
 
-    Every row of the batch's labels and every image file ends up either in the manifest or in the quarantine.
+    Every row of the batch's labels and every image file ends up either in the manifest or in the quarantine. The
+    manifest has one row for each sample: the fields of `Sample`, what `formats.Listing` says of its row, and `batch`.
+    The quarantine's `label` joins the labels of all columns by " / ".
 
     Raises:
         PleatError: the batch is absent or empty, its format is not recognised, a file cannot be read from the disk, or
@@ -75,13 +77,19 @@ def run(params: Params, batch: str, root: Path = Path()) -> None:
         )
     listing = formats.read(folder, params.ingest.format)
     rows = listing.rows.assign(batch=batch)
-    refused = [
-        {"batch": batch, "source_path": path, "label": "", "reason": "no label", "detail": "no row names this file"}
+    rowless = [
+        {
+            "batch": batch,
+            "source_path": path,
+            "label": "",
+            "reason": "no label",
+            "detail": "listed for testing, without labels" if path in listing.test else "no row names this file",
+        }
         for path in listing.unlabelled
     ]
     with atomic_folder(root / "data" / "ingest" / batch) as out:
-        manifest, refused_rows = _read_all(rows, folder, params.ingest, out / "images.arrow")
-        quarantine = pd.DataFrame([*refused_rows, *refused], columns=QUARANTINE_COLUMNS, dtype="str")
+        manifest, refused_rows = _read_all(rows, listing.columns, folder, params.ingest, out / "images.arrow")
+        quarantine = pd.DataFrame([*refused_rows, *rowless], columns=QUARANTINE_COLUMNS, dtype="str")
         if manifest.empty:
             raise PleatError(
                 f"Not one image of {folder} could be used ({_reasons(quarantine)}); "
@@ -95,19 +103,20 @@ def run(params: Params, batch: str, root: Path = Path()) -> None:
 
 
 def _read_all(
-    rows: pd.DataFrame, folder: Path, limits: Ingest, pack: Path
+    rows: pd.DataFrame, columns: list[str], folder: Path, limits: Ingest, pack: Path
 ) -> tuple[pd.DataFrame, list[dict[str, str]]]:
     kept: list[dict[str, object]] = []
     refused: list[dict[str, str]] = []
     packed: set[str] = set()
-    results = track(_inspect_rows(rows, folder, limits), f"ingest {rows['batch'].iat[0]}", len(rows), "images")
+    results = track(_inspect_rows(rows, columns, folder, limits), f"ingest {rows['batch'].iat[0]}", len(rows), "images")
     with pa.OSFile(str(pack), "wb") as sink, pa.ipc.new_file(sink, PACK_SCHEMA) as writer, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\.")  # a broken file is refused with its reason
         chunk: list[tuple[str, bytes, bool]] = []
         n_bytes = 0
         for row, (found, image) in zip(cast("list[dict[str, str]]", rows.to_dict("records")), results, strict=True):
             if isinstance(found, Refusal):
-                refused.append({**row, **asdict(found)})
+                labels = [row[column] for column in columns if row[column].strip()]
+                refused.append({**row, "label": " / ".join(labels), **asdict(found)})
                 continue
             kept.append({**asdict(found), **row})
             # Exact copies are packed once; `validate` decides which of their rows stays.
@@ -129,27 +138,32 @@ def _record_batch(chunk: list[tuple[str, bytes, bool]]) -> pa.RecordBatch:
     return pa.record_batch(arrays, schema=PACK_SCHEMA)
 
 
-def _inspect_rows(rows: pd.DataFrame, folder: Path, limits: Ingest) -> Iterator[tuple[Sample | Refusal, Packed | None]]:
+def _inspect_rows(
+    rows: pd.DataFrame, columns: list[str], folder: Path, limits: Ingest
+) -> Iterator[tuple[Sample | Refusal, Packed | None]]:
     # Threads suffice: Pillow decodes outside the interpreter lock, and Ctrl-C leaves no process behind.
     n_threads = os.cpu_count() or 1
     with ThreadPoolExecutor(n_threads) as pool:
         ahead: deque[Future[tuple[Sample | Refusal, Packed | None]]] = deque()
-        for source_path, label in zip(rows["source_path"], rows["label"], strict=True):
-            ahead.append(pool.submit(_inspect, source_path, label, folder, limits))
+        for source_path, labels in zip(rows["source_path"], rows[columns].to_dict("records"), strict=True):
+            empty = [str(column) for column, label in labels.items() if not label.strip()]
+            ahead.append(pool.submit(_inspect, source_path, empty, folder, limits))
             if len(ahead) > READ_AHEAD_A_THREAD * n_threads:
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
 
 
-def _inspect(source_path: str, label: str, folder: Path, limits: Ingest) -> tuple[Sample | Refusal, Packed | None]:
+def _inspect(
+    source_path: str, empty: list[str], folder: Path, limits: Ingest
+) -> tuple[Sample | Refusal, Packed | None]:
     if not formats.inside(folder, source_path):
         return Refusal("outside the folder", "the path leads out of the batch's folder"), None
     encoded = _read(folder / source_path)
     if encoded is None:
         return Refusal("missing file", "a row names this file, but it does not exist"), None
-    if not label.strip():
-        return Refusal("no label", "the row's label is empty"), None
+    if empty:
+        return Refusal("no label", f"empty in the row: {', '.join(empty)}"), None
     if not encoded:
         return Refusal("undecodable", "the file is empty"), None
     try:

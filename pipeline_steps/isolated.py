@@ -23,7 +23,7 @@ CHILD = Path(__file__).parent / "isolated_child.py"
 SHOWN = 300  # characters of an error
 # Of the environment: what programs need to run. Credentials, which no model needs to answer images, stay behind.
 KEPT = ("LANG", "LC_", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "OMP_", "MKL_", "GOMP_", "KMP_", "MALLOC_", "CUDA_")
-Row = dict[str, list[tuple[str, float]]] | str
+Row = dict[str, Any] | str
 
 
 class BrokenError(Exception):
@@ -63,11 +63,11 @@ class Isolated:
         """Lets the process import what `classify` needs while this one does something else."""
         self._tell({"do": "prepare"})
 
-    def open(self, folder: Path) -> dict[str, list[str]]:
+    def open(self, folder: Path) -> dict[str, bool]:
         """Loads the classifier of a model that Pleat made, without MLflow, from the MLflow model's folder.
 
         Returns:
-            Its classes by target.
+            Its targets, and whether each is multilabel.
 
         Raises:
             BrokenError: it does not load, or Pleat did not make it.
@@ -77,7 +77,7 @@ class Isolated:
             raise BrokenError("it was not made by Pleat")
         needed = [line for line in requirements_of(folder) if _requirement(line).name not in serving.REQUIRES]
         link_requirements(needed, self._links)
-        return dict(self._ask({"do": "open", "package": str(package)})["classes"])
+        return dict(self._ask({"do": "open", "package": str(package)})["targets"])
 
     def classify(self, paths: Sequence[Path], top_k: int, at_once: int) -> Iterator[list[Row]]:
         """Answers image files with the opened classifier, all of them side by side; no other order until the end.
@@ -89,7 +89,8 @@ class Isolated:
 
         Yields:
             The next `at_once` rows in the order of the files: by target the most probable labels with probabilities,
-            best first, or text that says why the image has none.
+            best first, and before them, of a multilabel target, the labels that apply; or text that says why the image
+            has none.
 
         Raises:
             BrokenError: the process died, or the model raised an error.

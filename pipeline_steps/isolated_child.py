@@ -94,7 +94,8 @@ class Model:
         sys.path.insert(0, str(code.parent.parent))
         module = importlib.import_module(f"{code.parent.name}.classifier")
         self.classifier = module.Classifier(Path(package))
-        return {"classes": self.classifier.classes}
+        several = self.classifier.about.get("multilabel", [])
+        return {"targets": {target: target in several for target in self.classifier.classes}}
 
     def classify(self, listed: str, top_k: int, at_once: int) -> Iterator[dict[str, Any]]:
         """The rows of the files that a file lists, `at_once` together."""

@@ -1,5 +1,6 @@
 """Candidate and champion on the same holdout rows, to a verdict of the gate."""
 
+import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -8,9 +9,9 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline_steps import gate
-from pipeline_steps.bootstrap import Holdout
+from pipeline_steps.bootstrap import Holdout, Labels, labels_of
 from pipeline_steps.files import read_parquet
-from pipeline_steps.gate import Broken, Measured, Verdict
+from pipeline_steps.gate import Broken, Champion, Measured, Unlike, Verdict
 from pipeline_steps.measure import measure
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params, plain_label
@@ -23,6 +24,8 @@ def verdict(
 ) -> Verdict:
     """Scores both on the holdout rows that neither was trained on, each in a process of its own, and judges.
 
+    A champion that answers other targets than the candidate answers nothing here, and no row counts as seen by it.
+
     Args:
         params: for the gate's settings and merged labels.
         root: of the workspace that holds data/refit and data/ingest.
@@ -31,7 +34,14 @@ def verdict(
         champion: version of the champion, for sentences.
         champion_folder: of its MLflow model; None where there is no champion.
     """
-    rows = read_parquet(root / "data" / "refit" / "holdout.parquet")
+    tables = {
+        target: read_parquet(root / "data" / "refit" / "holdout" / f"{target}.parquet").set_index("sample_id")
+        for target in _targets_of(candidate)
+    }
+    rows = next(iter(tables.values()))[["batch", "group"]].assign(
+        **{target: table["label"] for target, table in tables.items()}
+    )
+    rows = rows.reset_index()
     with tempfile.TemporaryDirectory(prefix="pleat-holdout-") as scratch:
         images = _write_images(rows, root, Path(scratch) / "images")
         return _verdict(params, version, candidate, champion, champion_folder, rows, images)
@@ -46,26 +56,33 @@ def _verdict(
     rows: pd.DataFrame,
     images: Sequence[Path],
 ) -> Verdict:
-    models, broken = [(version, candidate)], None
+    targets, models = _targets_of(candidate), [(version, candidate)]
+    unmeasured: Champion | None = None
     seen = _trained_on(candidate)
     if champion_folder:
         try:
-            seen |= _trained_on(champion_folder)
-            models.append((champion, champion_folder))
+            answers = _targets_of(champion_folder)
+            if answers == targets:
+                seen |= _trained_on(champion_folder)
+                models.append((champion, champion_folder))
+            else:
+                unmeasured = Unlike(champion, _words(answers), _words(targets))
         except FileNotFoundError:
-            broken = Broken(champion, "it was not made by Pleat, so what it was trained on is not known")
+            unmeasured = Broken(champion, "it was not made by Pleat, so what it was trained on is not known")
     fair = ~rows["sample_id"].isin(seen)
     if not fair.all():
         say(f"register: {int((~fair).sum()):,} holdout rows do not count: one of the models was trained on them")
     rows, images = rows[fair], [path for path, good in zip(images, fair, strict=True) if good]
     example = candidate / "artifacts" / "package" / "example.jpg"  # where there is no holdout, it must answer this one
-    measured = measure(models, images or [example])
+    measured = measure(models, images or [example], list(targets))
     if not images:
-        measured = [replace(item, predicted=[]) if isinstance(item, Measured) else item for item in measured]
+        none: dict[str, list[Labels]] = {target: [] for target in targets}
+        measured = [replace(item, predicted=none) if isinstance(item, Measured) else item for item in measured]
     merged = {plain_label(old): new for old, new in params.labels.merge.items()}  # an older model knows the old names
     renamed = [_renamed(found, merged) for found in measured]
-    holdout = Holdout(rows["label"].tolist(), rows["group"].tolist())
-    verdict = gate.judge(params.promotion, holdout, renamed[0], broken or (renamed[1] if champion_folder else None))
+    holdout = Holdout({target: list(map(labels_of, rows[target])) for target in targets}, rows["group"].tolist())
+    against = renamed[1] if len(renamed) > 1 else unmeasured
+    verdict = gate.judge(params.promotion, holdout, renamed[0], against)
     if len(fair) and not len(rows):
         reason = "One of the models was trained on every row of the holdout, so nothing can be judged on it."
         return replace(verdict, reasons=[reason, *(line for line in verdict.reasons if "holdout is empty" not in line)])
@@ -75,7 +92,25 @@ def _verdict(
 def _renamed(found: Measured | Broken, merged: Mapping[str, str]) -> Measured | Broken:
     if isinstance(found, Broken):
         return found
-    return replace(found, predicted=[merged.get(plain_label(label), label) for label in found.predicted])
+    predicted = {
+        target: [tuple(merged.get(plain_label(label), label) for label in labels) for labels in answers]
+        for target, answers in found.predicted.items()
+    }
+    return replace(found, predicted=predicted)
+
+
+def _targets_of(folder: Path) -> dict[str, bool]:
+    """What an MLflow model of Pleat's answers: its targets, and whether each is multilabel.
+
+    Raises:
+        FileNotFoundError: it was not made by Pleat.
+    """
+    about = json.loads((folder / "artifacts" / "package" / "about.json").read_text(encoding="utf-8"))
+    return {target: target in about.get("multilabel", []) for target in about["classes"]}
+
+
+def _words(targets: Mapping[str, bool]) -> list[str]:
+    return [f"{target} (multilabel)" if multilabel else target for target, multilabel in targets.items()]
 
 
 def _trained_on(folder: Path) -> set[str]:

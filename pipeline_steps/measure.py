@@ -7,23 +7,26 @@ from statistics import median
 from typing import Any
 
 from pipeline_steps import isolated, package
+from pipeline_steps.bootstrap import Labels, labels_of
 from pipeline_steps.gate import Broken, Measured
 from pipeline_steps.progress import say
-from pipeline_steps.refit import TARGET
 
 ROUNDS, IMAGES_A_ROUND = 5, 8  # of the timing; the models take turns, so that a busy machine slows both
 ANSWERED_AT_ONCE = 256
 
 
-def measure(models: Sequence[tuple[str, Path]], images: Sequence[Path]) -> list[Measured | Broken]:
+def measure(
+    models: Sequence[tuple[str, Path]], images: Sequence[Path], targets: Sequence[str]
+) -> list[Measured | Broken]:
     """Asks MLflow models for all images, each in a fresh process, and then times them in turns.
 
     Args:
         models: version and folder of each.
         images: files, at least one.
+        targets: that all of them answer.
     """
     broken: dict[str, Broken] = {}
-    answers: dict[str, list[str]] = {}
+    answers: dict[str, dict[str, list[Labels]]] = {}
     times: dict[str, list[float]] = {version: [] for version, _ in models}
     memory: dict[str, int] = {}
     with ExitStack() as processes:
@@ -33,7 +36,7 @@ def measure(models: Sequence[tuple[str, Path]], images: Sequence[Path]) -> list[
                 say(f"register: version {version} answers {len(images):,} images in a process of its own")
                 loaded[version] = processes.enter_context(isolated.start(isolated.requirements_of(folder)))
                 loaded[version].load(folder)
-                answers[version] = _answers(loaded[version], images)
+                answers[version] = _answers(loaded[version], images, targets)
             except isolated.BrokenError as error:
                 broken[version] = Broken(version, str(error))
         for _ in range(ROUNDS):
@@ -51,10 +54,10 @@ def measure(models: Sequence[tuple[str, Path]], images: Sequence[Path]) -> list[
     ]
 
 
-def _answers(model: isolated.Isolated, images: Sequence[Path]) -> list[str]:
+def _answers(model: isolated.Isolated, images: Sequence[Path], targets: Sequence[str]) -> dict[str, list[Labels]]:
     rows: list[dict[str, Any]] = []
     for start in range(0, len(images), ANSWERED_AT_ONCE):
         rows += model.answers(images[start : start + ANSWERED_AT_ONCE])
     if all(row["error"] for row in rows):
         raise isolated.BrokenError(f"it answered none of {len(rows):,} real images ({rows[0]['error']})")
-    return [row[TARGET] or "" for row in rows]
+    return {target: [labels_of(row[target]) for row in rows] for target in targets}

@@ -1,15 +1,24 @@
-"""Scores of one classifier over folds: scikit-learn with every class listed, so that undefined values stay NaN.
+"""Scores of one target over folds: scikit-learn with every class listed, so that undefined values stay NaN.
 
-Shapes: `n` samples, `c` classes; classes are numbered 0 .. c-1 in the order of the class list.
+Shapes: `n` samples, `c` classes in the order of the class list. What is actual and what is predicted are class numbers
+0 .. c-1 of shape (n,); of a multilabel target they say of each class whether it applies, as 0 and 1 of shape (n, c).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 from scipy.stats import t as student
-from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, roc_auc_score, roc_curve
+from sklearn.metrics import (
+    accuracy_score,
+    average_precision_score,
+    f1_score,
+    precision_recall_curve,
+    precision_recall_fscore_support,
+    roc_auc_score,
+    roc_curve,
+)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -17,6 +26,8 @@ Bools = npt.NDArray[np.bool_]
 
 NAN = float("nan")
 HEADLINES = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
+MULTILABEL_SCORES = (*HEADLINES, "f1_micro", "map_macro")
+THRESHOLD = 0.5  # of a multilabel class whose threshold no data can choose
 
 
 @dataclass(frozen=True)
@@ -55,21 +66,90 @@ def class_scores(actual: Ints, predicted: Ints, n_classes: int) -> ClassScores:
     return ClassScores(support.astype(np.int64), precision, recall, f1)
 
 
+def indicator(actual: Ints, n_classes: int) -> Bools:
+    """Of each sample whether each class applies, shape (n, c)."""
+    applies: Bools = actual.astype(bool) if actual.ndim == 2 else actual[:, np.newaxis] == np.arange(n_classes)
+    return applies
+
+
 def roc_auc_by_class(actual: Ints, probability: npt.NDArray[np.floating]) -> Floats:
     """ROC-AUC of each class against the rest, shape (c,).
 
     NaN where a class never or always occurs, and where a probability is no number: scikit-learn refuses that.
 
     Args:
-        actual: shape (n,), class numbers.
+        actual: shape (n,) or (n, c).
         probability: shape (n, c).
     """
-    return np.array([_roc_auc(actual == number, score) for number, score in enumerate(probability.T)])
+    applies = indicator(actual, probability.shape[1])
+    return np.array([_roc_auc(positive, score) for positive, score in zip(applies.T, probability.T, strict=True)])
 
 
 def _roc_auc(positive: Bools, score: npt.NDArray[np.floating]) -> float:
     defined = positive.any() and not positive.all() and np.isfinite(score).all()
     return float(roc_auc_score(positive, score)) if defined else NAN
+
+
+def average_precision_by_class(actual: Ints, probability: npt.NDArray[np.floating]) -> Floats:
+    """Average precision of each class against the rest, shape (c,): its precisions, weighted by the steps in recall.
+
+    NaN where a class never occurs, and where a probability is no number.
+
+    Args:
+        actual: shape (n,) or (n, c).
+        probability: shape (n, c).
+    """
+    pairs = zip(indicator(actual, probability.shape[1]).T, probability.T, strict=True)
+    return np.array([_average_precision(positive, score) for positive, score in pairs])
+
+
+def _average_precision(positive: Bools, score: npt.NDArray[np.floating]) -> float:
+    defined = positive.any() and np.isfinite(score).all()
+    return float(average_precision_score(positive, score)) if defined else NAN
+
+
+def best_threshold(positive: Bools, score: npt.NDArray[np.floating]) -> float:
+    """The threshold with the highest F1 where scores that reach it count as predicted.
+
+    F1 is the same anywhere between two neighbouring scores, so it is half-way between them (below the lowest, half-way
+    to 0); of thresholds with equal F1 the lowest. `THRESHOLD` where no sample is positive: F1 says nothing then.
+
+    Args:
+        positive: shape (n,).
+        score: shape (n,), not negative.
+    """
+    if not positive.any():
+        return THRESHOLD
+    precision, recall, thresholds = precision_recall_curve(positive, score)
+    # Both are 0 where nothing that reaches a threshold is positive.
+    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
+    best = int(f1[:-1].argmax())  # the last point belongs to no threshold
+    upper = float(thresholds[best])
+    return (upper + float(score[score < upper].max(initial=0.0))) / 2
+
+
+def cross_fitted_thresholds(actual: Ints, probability: npt.NDArray[np.floating], fold: Ints) -> Floats:
+    """For each fold and class the best threshold on the out-of-fold predictions of all other folds, shape (k, c).
+
+    So no sample takes part in choosing the thresholds that it is judged with. Folds are in ascending order. A single
+    fold has no others, and every threshold is `THRESHOLD`.
+
+    Args:
+        actual: shape (n, c).
+        probability: shape (n, c).
+        fold: each sample's fold, shape (n,).
+    """
+    applies = indicator(actual, probability.shape[1])
+    others = [fold != number for number in np.unique(fold)]
+    return np.array(
+        [
+            [
+                best_threshold(positive[mask], score[mask])
+                for positive, score in zip(applies.T, probability.T, strict=True)
+            ]
+            for mask in others
+        ]
+    )
 
 
 def mean_roc_curve(folds: Sequence[tuple[Bools, npt.NDArray[np.floating]]], grid: Floats) -> Floats:
@@ -84,24 +164,42 @@ def mean_roc_curve(folds: Sequence[tuple[Bools, npt.NDArray[np.floating]]], grid
     return rates
 
 
-def headlines(actual: Ints, probability: npt.NDArray[np.floating]) -> dict[str, float]:
-    """The four numbers a model is judged by, named as in `HEADLINES`.
+def headlines(actual: Ints, probability: npt.NDArray[np.floating], predicted: Ints | None = None) -> dict[str, float]:
+    """The numbers a model is judged by: those of `HEADLINES`, or of `MULTILABEL_SCORES` where `actual` is (n, c).
 
     Weighted F1 counts each class as often as it occurs; the macro means leave out classes where they are undefined.
+    The accuracy of a multilabel target is the share of samples of which every class is predicted right (exact match).
 
     Args:
-        actual: shape (n,), class numbers.
-        probability: shape (n, c); the predicted class is the most probable one, the first of equals.
+        actual: shape (n,) or (n, c).
+        probability: shape (n, c).
+        predicted: shaped like `actual`. By default the most probable class, the first of equals; of a multilabel target
+            the classes whose probability reaches `THRESHOLD`.
     """
+    multilabel = actual.ndim == 2
     if not len(actual):
-        return dict.fromkeys(HEADLINES, NAN)
-    predicted, labels = probability.argmax(axis=1), range(probability.shape[1])
-    return {
-        "f1_weighted": f1_score(actual, predicted, labels=labels, average="weighted", zero_division=NAN),
-        "f1_macro": f1_score(actual, predicted, labels=labels, average="macro", zero_division=NAN),
-        "accuracy": accuracy_score(actual, predicted),
+        return dict.fromkeys(MULTILABEL_SCORES if multilabel else HEADLINES, NAN)
+    if predicted is None:
+        predicted = (probability >= THRESHOLD).astype(np.int64) if multilabel else probability.argmax(axis=1)
+    found = {
+        "f1_weighted": _f1(actual, predicted, probability.shape[1], "weighted"),
+        "f1_macro": _f1(actual, predicted, probability.shape[1], "macro"),
+        "accuracy": float(accuracy_score(actual, predicted)),
         "roc_auc_macro": _mean(_defined(roc_auc_by_class(actual, probability))),
     }
+    if multilabel:
+        found["f1_micro"] = _f1(actual, predicted, probability.shape[1], "micro")
+        found["map_macro"] = _mean(_defined(average_precision_by_class(actual, probability)))
+    return found
+
+
+def _f1(actual: Ints, predicted: Ints, n_classes: int, average: str) -> float:
+    return float(f1_score(actual, predicted, labels=range(n_classes), average=average, zero_division=NAN))
+
+
+def mean_of_targets(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each headline score over targets; NaN where it is undefined for one of them."""
+    return {name: float(np.mean([target[name] for target in scores])) for name in HEADLINES}
 
 
 def spread(folds: Sequence[float] | Floats) -> Spread:

@@ -1,5 +1,6 @@
 """The card that travels with a model: what it is, what it was trained on, how well it answers, and its limits."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from pipeline_steps import metrics, pages, plots
-from pipeline_steps.bootstrap import Holdout, f1_weighted_interval
+from pipeline_steps.bootstrap import Estimate, Holdout, Labels, f1_weighted_interval, labels_of
 from pipeline_steps.files import read_json, write_text
+from pipeline_steps.metrics import Ints
 from pipeline_steps.params import Params, flat
+from pipeline_steps.targets import Target
 
 CONFIDENCE = 0.95
 FEW_IMAGES = 50  # of training: fewer are told as a limit
@@ -22,96 +25,168 @@ def collect(
     root: Path,
     about: dict[str, Any],
     samples: pd.DataFrame,
-    classes: list[str],
-    holdout: pd.DataFrame,
-    travels: dict[str, Any],
+    targets: Sequence[Target],
+    held: Sequence[np.ndarray],
+    data_version: str,
 ) -> dict[str, Any]:
     """All that the card says.
 
     Args:
         about: what refit measured, as in its metrics.json.
-        samples: of both sides, with label and side.
-        classes: in the order of the probabilities.
-        holdout: predictions on the holdout, as in holdout.parquet.
-        travels: the package's about.json.
+        samples: of both sides, with the label columns and side.
+        targets: what the model answers.
+        held: of each target, the probabilities of the samples of the holdout, (n, n_classes).
+        data_version: of the batches.
     """
     data, model = root / "data", about["model"]
     counts = read_json(data / "validate" / "counts.json")
-    scored = _scores(classes, holdout)
-    trained = samples[samples["side"] == "train"]["label"].value_counts()
-    table = scored["classes"].assign(trained=trained.reindex(classes, fill_value=0))  # undefined scores stay NaN
     folds = read_json(data / "evaluate" / model / "metrics.json")
+    rows, trained = (samples[samples["side"] == side] for side in ("holdout", "train"))
+    predicted = [_predicted(target, probabilities) for target, probabilities in zip(targets, held, strict=True)]
+    mean, intervals = None, dict[str, Estimate]()
+    if len(rows):
+        actual = {target.name: list(map(labels_of, target.labels(rows))) for target in targets}
+        answers = {target.name: _names(target, codes) for target, codes in zip(targets, predicted, strict=True)}
+        found = f1_weighted_interval(Holdout(actual, rows["group"].tolist()), answers, CONFIDENCE)
+        mean, intervals = found.mean, found.targets
+    sections = []
+    for target, probabilities, codes in zip(targets, held, predicted, strict=True):
+        scores = metrics.MULTILABEL_SCORES if target.multilabel else metrics.HEADLINES
+        holdout, of_folds = about.get("targets", {}).get(target.name, {}), folds["targets"][target.name]
+        section = {
+            "name": target.name,
+            "multilabel": target.multilabel,
+            "classes": _classes(target, rows, trained, probabilities, codes).to_dict("records"),
+            "scores": _scores(scores, holdout, of_folds, intervals.get(target.name)),
+            "confusion": None,
+            "picture": f"confusion_{target.name}" if len(targets) > 1 else "confusion",
+        }
+        if len(rows) and not target.multilabel:
+            section["confusion"] = confusion_matrix(target.codes(rows), codes, labels=range(len(target.classes)))
+        sections.append(section)
     return {
         "model": model,
-        "data_version": travels["data_version"],
+        "told": _told(targets),
+        "data_version": data_version,
         "batches": params.experiment.batches,
         "n_train": about["n_train"],
         "n_holdout": about["n_holdout"],
         "left_out": counts["quarantine"],
-        "classes": table.reset_index(names="class").to_dict("records"),
-        "scores": {
-            name: {
-                "title": plots.LABELS[name],
-                "holdout": about.get(name),
-                "interval": scored["interval"] if name == "f1_weighted" else None,
-                "folds": folds[name],
-            }
-            for name in metrics.HEADLINES
-        },
-        "confusion": scored["confusion"],
+        "targets": sections,
+        "scores": _scores(metrics.HEADLINES, about, folds, mean),
+        "n_folds": len(params.experiment.folds),
         "cost": read_json(data / "profile" / f"{model}.json"),
         "settings": {
             "epochs": about["epochs"],
             **flat("model", params.models[model].model_dump()),
             **flat("training", params.training[model].model_dump()),
         },
-        "limits": _limits(params, table, about),
+        "limits": _limits(params, sections, about),
     }
 
 
 def write(reports: Path, packaged: Path, card: dict[str, Any]) -> None:
-    """Writes index.html and confusion.png into `reports`, and README.md into the package."""
-    if card["n_holdout"]:
-        plots.confusion(reports / "confusion.png", card["confusion"], [row["class"] for row in card["classes"]])
+    """Writes index.html and pictures of confusion matrices into `reports`, and README.md into the package."""
+    for target in card["targets"]:
+        if target["confusion"] is not None:
+            names = [row["class"] for row in target["classes"]]
+            plots.confusion(reports / f"{target['picture']}.png", target["confusion"], names)
     write_text(reports / "index.html", pages.render("card.html.j2", card=card, picture=pages.pictures_of(reports)))
     write_text(packaged / "README.md", pages.render("card.md.j2", card=card))
 
 
-def _scores(classes: list[str], holdout: pd.DataFrame) -> dict[str, Any]:
-    size = len(classes)
-    actual = np.array([classes.index(label) for label in holdout["label"]], dtype=np.int64)
-    probability = holdout[[f"p:{name}" for name in classes]].to_numpy()
-    predicted = probability.argmax(axis=1).astype(np.int64) if len(holdout) else actual
+def _told(targets: Sequence[Target]) -> str:
+    """What the model tells of an image."""
+    if len(targets) == 1:
+        n_classes = len(targets[0].classes)
+        if targets[0].multilabel:
+            return f"Tells which of {n_classes} labels an image has."
+        return f"Tells which of {n_classes} classes an image shows."
+    listed = [
+        f"{target.name} ({f'any of {n} labels' if target.multilabel else f'one of {n} classes'})"
+        for target in targets
+        for n in [len(target.classes)]
+    ]
+    return f"Tells {', '.join(listed)} of an image."
+
+
+def _predicted(target: Target, probabilities: np.ndarray) -> Ints:
+    """Class numbers (n,), or 0 and 1 (n, n_classes), as `metrics.headlines` takes them from probabilities."""
+    answered = probabilities >= metrics.THRESHOLD if target.multilabel else probabilities.argmax(axis=1)
+    codes: Ints = answered.astype(np.int64)
+    return codes
+
+
+def _names(target: Target, codes: Ints) -> list[Labels]:
+    applies = metrics.indicator(codes, len(target.classes))
+    return [tuple(target.classes[code] for code in np.flatnonzero(row)) for row in applies]
+
+
+def _scores(names: Sequence[str], holdout: dict[str, Any], folds: dict[str, Any], weighted: Estimate | None) -> Any:
+    """Of each score, its title, value on the holdout with an interval where there is one, and spread over folds."""
+    interval = [weighted.low, weighted.high] if weighted else None
+    return {
+        name: {
+            "title": plots.LABELS[name],
+            "holdout": holdout.get(name),
+            "interval": interval if name == "f1_weighted" else None,
+            "folds": folds[name],
+        }
+        for name in names
+    }
+
+
+def _classes(
+    target: Target, rows: pd.DataFrame, trained: pd.DataFrame, probabilities: np.ndarray, predicted: Ints
+) -> pd.DataFrame:
+    """One row a class; undefined scores are NaN."""
+    actual, size = target.codes(rows), len(target.classes)
     scores = metrics.class_scores(actual, predicted, size)
     columns = {name: getattr(scores, name) for name in ("support", "precision", "recall", "f1")}
-    interval, confusion = None, np.zeros((size, size), dtype=np.int64)
-    if len(holdout):
-        confusion = confusion_matrix(actual, predicted, labels=range(size))
-        rows = Holdout(holdout["label"].tolist(), holdout["group"].tolist())
-        found = f1_weighted_interval(rows, [classes[code] for code in predicted], CONFIDENCE)
-        interval = [found.low, found.high]
-    return {"classes": pd.DataFrame(columns, index=classes), "interval": interval, "confusion": confusion}
+    if target.multilabel:
+        columns["ap"] = metrics.average_precision_by_class(actual, probabilities)
+    number = metrics.indicator(target.codes(trained), size).sum(axis=0)
+    return pd.DataFrame({"class": target.classes, "trained": number, **columns})
 
 
-def _limits(params: Params, table: pd.DataFrame, about: dict[str, Any]) -> list[str]:
+def _limits(params: Params, targets: Sequence[dict[str, Any]], about: dict[str, Any]) -> list[str]:
     limits = []
-    few = table[table["trained"] < FEW_IMAGES]
-    if len(few):
-        listed = ", ".join(f"{name} ({int(n)})" for name, n in few["trained"].items())
-        limits.append(f"Trained on fewer than {FEW_IMAGES} images: {listed}.")
-    weak = table[(table["recall"] < WEAK_RECALL) & (table["support"] > 0)]
-    if len(weak):
-        found = {name: f"{round(row.recall * row.support)} of {row.support:.0f}" for name, row in weak.iterrows()}
-        listed = ", ".join(f"{name} ({share})" for name, share in found.items())
-        limits.append(f"Finds less than half of the holdout's images of: {listed}.")
+    several = len(targets) > 1
+    every = [
+        (f"{target['name']} {row['class']}" if several else row["class"], row)
+        for target in targets
+        for row in target["classes"]
+    ]
+    few = [f"{name} ({row['trained']})" for name, row in every if row["trained"] < FEW_IMAGES]
+    if few:
+        limits.append(f"Trained on fewer than {FEW_IMAGES} images: {', '.join(few)}.")
+    weak = [
+        f"{name} ({round(row['recall'] * row['support'])} of {row['support']})"
+        for name, row in every
+        if row["support"] and row["recall"] < WEAK_RECALL
+    ]
+    if weak:
+        limits.append(f"Finds less than half of the holdout's images of: {', '.join(weak)}.")
     if not about["n_holdout"]:
         limits.append("Without a holdout (split.holdout.fraction is 0) its scores on unseen images are not known.")
     if params.split.group_by is None:
         limits.append(
             "Images of one sender may lie on both sides of the holdout, so scores on senders never seen may be lower."
         )
-    limits.append(
-        f"Every image gets one of the {len(table)} classes, also one that shows none of them; a low probability is the "
-        "only sign. Probabilities are not calibrated."
-    )
+    limits += [_always(target, several) for target in targets]
+    limits[-1] += " Probabilities are not calibrated."
     return limits
+
+
+def _always(target: dict[str, Any], several: bool) -> str:
+    """What the model answers of an image that shows none of a target's classes."""
+    of, n_classes = f" of {target['name']}" if several else "", len(target["classes"])
+    if target["multilabel"]:
+        return (
+            f"An image gets every one of the {n_classes} labels{of} whose probability reaches {metrics.THRESHOLD:g}; "
+            "that may be none, and labels that exclude each other."
+        )
+    return (
+        f"Every image gets one of the {n_classes} classes{of}, also one that shows none of them; a low probability is "
+        "the only sign."
+    )

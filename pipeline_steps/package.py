@@ -6,6 +6,7 @@ import json
 import shutil
 import struct
 import warnings
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from pipeline_steps import serving
 from pipeline_steps.files import write_json
+from pipeline_steps.metrics import THRESHOLD
+from pipeline_steps.targets import Target
 
 SERVING = Path(__file__).parent / "serving"
 EMBEDDED_BYTES = 1024  # smaller constants, which are no weights, stay in the graph
@@ -24,27 +27,35 @@ class Answering(nn.Module):
     """Pixels to probabilities, as the pipeline scores: with `mirror` the mean over the plain and the mirrored view.
 
     Args:
-        network: uint8 (batch, 3, size, size) to logits (batch, n_classes).
+        network: uint8 (batch, 3, size, size) to logits (batch, n_outputs): the classes of all targets in their order.
+        targets: at least one.
         mirror: whether the model was trained on mirrored views too.
     """
 
-    def __init__(self, network: nn.Module, mirror: bool) -> None:
+    def __init__(self, network: nn.Module, targets: Sequence[Target], mirror: bool) -> None:
         super().__init__()
-        self.network, self.mirror = network, mirror
+        self.network, self.targets, self.mirror = network, targets, mirror
         self.eval()
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Probabilities float32 (batch, n_classes)."""
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        """Probabilities of each target, float32 (batch, n_classes): softmax, or the sigmoid of each class."""
         views = [pixels, pixels.flip(-1)] if self.mirror else [pixels]
-        return torch.stack([self.network(view).softmax(1) for view in views]).mean(0)
+        sizes = [len(target.classes) for target in self.targets]
+        parts = zip(*(self.network(view).split(sizes, 1) for view in views), strict=True)
+        return tuple(
+            torch.stack([logits.sigmoid() if target.multilabel else logits.softmax(1) for logits in part]).mean(0)
+            for target, part in zip(self.targets, parts, strict=True)
+        )
 
 
 def write(folder: Path, network: Answering, size: int, about: dict[str, Any], example: bytes) -> None:
     """Writes the package.
 
     - state.safetensors: the network's state_dict, and large constants of the graph;
-    - network.onnx: the graph, whose weights lie in state.safetensors; input `pixels` uint8 (batch, 3, size, size);
-    - about.json: `about`, which must have classes (by target), preprocessing (arguments of `resize_crop`), max_pixels;
+    - network.onnx: the graph, whose weights lie in state.safetensors; input `pixels` uint8 (batch, 3, size, size), an
+      output for each target under its name;
+    - about.json: `about`, which must have preprocessing (arguments of `resize_crop`) and max_pixels, with classes (by
+      target); where there are multilabel targets, their names as multilabel, and thresholds (by target, one a class);
     - requirements.txt, example.jpg (an encoded image of any format), model.py and the code that it imports, in code/.
 
     Args:
@@ -57,7 +68,7 @@ def write(folder: Path, network: Answering, size: int, about: dict[str, Any], ex
     import onnx
     from safetensors.torch import save
 
-    graph = onnx.load_from_string(_exported(network, size, next(iter(about["classes"]))))
+    graph = onnx.load_from_string(_exported(network, size))
     tensors = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
     outside = {
         item.name: item
@@ -72,7 +83,7 @@ def write(folder: Path, network: Answering, size: int, about: dict[str, Any], ex
             raise RuntimeError(f"the graph holds other values than the network for {name}")
         _point(item, "state.safetensors", *places[name])
     (folder / "network.onnx").write_bytes(graph.SerializeToString())
-    write_json(folder / "about.json", about)
+    write_json(folder / "about.json", about | _answered(network.targets))
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()))
     (folder / "example.jpg").write_bytes(example)
     _write_code(folder)
@@ -99,8 +110,14 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _exported(network: Answering, size: int, target: str) -> bytes:
-    file = io.BytesIO()
+def _answered(targets: Sequence[Target]) -> dict[str, Any]:
+    classes = {target.name: target.classes for target in targets}
+    thresholds = {target.name: [THRESHOLD] * len(target.classes) for target in targets if target.multilabel}
+    return {"classes": classes} | ({"multilabel": list(thresholds), "thresholds": thresholds} if thresholds else {})
+
+
+def _exported(network: Answering, size: int) -> bytes:
+    file, names = io.BytesIO(), [target.name for target in network.targets]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the newer exporter takes ten times as long for the same graph
         torch.onnx.export(
@@ -109,8 +126,8 @@ def _exported(network: Answering, size: int, target: str) -> bytes:
             file,  # type: ignore[arg-type]
             dynamo=False,
             input_names=["pixels"],
-            output_names=[target],
-            dynamic_axes={"pixels": {0: "batch"}, target: {0: "batch"}},
+            output_names=names,
+            dynamic_axes={name: {0: "batch"} for name in ("pixels", *names)},
             # Batch norms stay themselves, so that the graph's weights are the network's; the runtime folds them.
             training=torch.onnx.TrainingMode.PRESERVE,
             do_constant_folding=False,

@@ -17,13 +17,22 @@ Name = Annotated[str, Field(pattern=NAME, max_length=80)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
+Format = Literal["auto", "clothing_csv", "class_folders", "attribute_lists", "colour_garment"]
 MAX_FOLDS = 1000
+FOLDS_EXPECTED = (
+    f"must be the list 0, 1, 2, ... with at least two folds (only 0 with split.given: true) and at most {MAX_FOLDS}"
+)
 LONGEST_VALUE_SHOWN = 80
-KINDS = {"models": "'frozen' or 'custom_cnn'", "targets": "'multiclass' or 'multilabel'"}
+NULLABLE = {("split", "group_by"), ("labels", "top_classes")}
+KINDS = {
+    "models": "'frozen' or 'custom_cnn'",
+    "targets": "'multiclass' or 'multilabel'",
+    "training": "'cross_entropy', 'focal' or 'asymmetric'",  # of a loss
+}
 # Columns of the manifest and of later tables; a target of such a name would hide them.
 TAKEN = {
     "sample_id", "batch", "source_path", "sender_id", "given", "width", "height", "n_bytes", "phash", "group", "side",
-    "fold", "reason", "detail", "error", "path",
+    "fold", "reason", "detail", "error", "path", "aspect_ratio",
 }  # fmt: skip
 
 
@@ -59,8 +68,8 @@ class Experiment(Strict):
     @field_validator("folds")
     @classmethod
     def _consecutive(cls, folds: list[int]) -> list[int]:
-        if not 2 <= len(folds) <= MAX_FOLDS or folds != list(range(len(folds))):
-            raise ValueError(f"must be the list 0, 1, 2, ... with at least two folds and at most {MAX_FOLDS}")
+        if not 1 <= len(folds) <= MAX_FOLDS or folds != list(range(len(folds))):
+            raise ValueError(FOLDS_EXPECTED)
         return folds
 
 
@@ -91,16 +100,17 @@ Target = Annotated[Multiclass | Multilabel, Discriminator("kind")]
 class Ingest(Strict):
     """What an image must be to enter the manifest."""
 
-    format: Literal["auto", "clothing_csv", "class_folders", "attribute_lists", "colour_garment"]
+    format: Format
     min_side_px: Annotated[int, Field(ge=1)]
     max_pixels: Annotated[int, Field(ge=1)]
 
 
 class Labels(Strict):
-    """Which labels stay, and under which names."""
+    """Which labels stay, and under which names; `top_classes: null` keeps every class."""
 
     drop: list[str]
     merge: dict[str, str]
+    top_classes: Annotated[int, Field(ge=2)] | None
 
     @model_validator(mode="after")
     def _drop_or_merge(self) -> "Labels":
@@ -119,8 +129,9 @@ class Holdout(Strict):
 
 
 class Split(Strict):
-    """How samples are divided into holdout and folds."""
+    """How samples are divided into holdout and folds; `given`: by the data set's own train and val lists."""
 
+    given: bool
     group_by: Literal["sender_id"] | None
     near_copy_max_distance: Annotated[int, Field(ge=0, le=16)]
     holdout: Holdout
@@ -133,6 +144,31 @@ class Head(Strict):
     dropout: Fraction
 
 
+class CrossEntropy(Strict):
+    """Softmax cross entropy; binary cross entropy in a multilabel target."""
+
+    kind: Literal["cross_entropy"]
+
+
+class Focal(Strict):
+    """Focal loss (Lin et al. 2017); `gamma: 0` is cross entropy."""
+
+    kind: Literal["focal"]
+    gamma: Annotated[float, Field(ge=0)]
+
+
+class Asymmetric(Strict):
+    """Asymmetric loss for multilabel targets (Ridnik et al. 2021)."""
+
+    kind: Literal["asymmetric"]
+    gamma_positive: Annotated[float, Field(ge=0)]
+    gamma_negative: Annotated[float, Field(ge=0)]
+    margin: Fraction
+
+
+Loss = Annotated[CrossEntropy | Focal | Asymmetric, Discriminator("kind")]
+
+
 class Training(Strict):
     """Head and training loop; the same for a head on frozen features and for a network on pixels."""
 
@@ -143,10 +179,20 @@ class Training(Strict):
     batch_size: Annotated[int, Field(ge=1)]
     learning_rate: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
+    loss: Loss
     label_smoothing: Fraction
-    class_weights: Literal["none", "balanced"]
+    class_weights: Literal["none", "balanced", "inverse"]
     weight_average: Fraction
     mirror: bool
+
+    @model_validator(mode="after")
+    def _smoothing_fits_the_loss(self) -> "Training":
+        if self.label_smoothing and self.loss.kind != "cross_entropy":
+            raise ValueError(
+                f"has label_smoothing {self.label_smoothing:g} with `loss.kind: {self.loss.kind}`, but only "
+                "cross_entropy can smooth labels; set label_smoothing to 0"
+            )
+        return self
 
 
 class FrozenModel(Strict):
@@ -251,12 +297,35 @@ class Params(Strict):
         return targets
 
     @model_validator(mode="after")
+    def _folds_fit_the_split(self) -> "Params":
+        one_fold = len(self.experiment.folds) == 1
+        if one_fold and not self.split.given:
+            raise ValueError(f"`experiment.folds` {FOLDS_EXPECTED}")
+        if self.split.given and not one_fold:
+            raise ValueError(
+                "`experiment.folds` must be [0] with split.given: true, since the val list is the one fold to score; "
+                f"but it lists {len(self.experiment.folds)} folds"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _models_exist(self) -> "Params":
         for block, defined in (("models", self.models), ("training", self.training)):
             for name in self.experiment.models:
                 if name not in defined:
                     known = ", ".join(sorted(defined)) or "none"
                     raise ValueError(f"`experiment.models` names '{name}', but `{block}` defines {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _losses_fit_the_targets(self) -> "Params":
+        multiclass = [name for name, target in self.targets.items() if target.kind == "multiclass"]
+        for name in self.experiment.models:
+            if multiclass and self.training[name].loss.kind == "asymmetric":
+                raise ValueError(
+                    f"`training.{name}.loss.kind` is 'asymmetric', which is for multilabel targets only, but "
+                    f"'{multiclass[0]}' is multiclass; use 'cross_entropy' or 'focal'"
+                )
         return self
 
 
@@ -320,9 +389,11 @@ def sentence(error: Any, where: str) -> str:
     if location[-1:] == ["[key]"]:  # pydantic's way to say that the entry's name itself is wrong
         block = ".".join(map(str, location[:-2]))
         return f"{where}: every name in `{block}` must be {_expected(error)}, but one is {_shown(given)}."
-    # Below models.NAME pydantic adds the union's branch (the kind), which is no key of the file.
-    if location[:1] in (["models"], ["targets"]) and len(location) > 2:
-        del location[2]
+    # Where a block's `kind` chooses its keys, pydantic adds the kind to the path; it is no key of the file.
+    if location[:1] in (["models"], ["targets"]):
+        del location[2:3]
+    elif location[:1] == ["training"] and location[2:3] == ["loss"]:
+        del location[3:4]
     key = ".".join(map(str, location))
     if kind in ("extra_forbidden", "invalid_key"):
         return f"{where}: unknown key `{key}`; remove it or correct its name."
@@ -339,9 +410,9 @@ def sentence(error: Any, where: str) -> str:
 def _expected(error: Any) -> str:
     """What a value must be, in words of the file's reader instead of pydantic's."""
     kind, limit = error["type"], error.get("ctx", {})
-    if kind == "literal_error":
-        return f"{limit['expected']}{' or null' if error['loc'][-1] == 'group_by' else ''}"
+    or_null = " or null" if error["loc"] in NULLABLE else ""
     words = {
+        "literal_error": limit.get("expected"),
         "string_type": "text (put it in quotes)",
         "int_type": "a whole number",
         "float_type": "a number",
@@ -359,7 +430,7 @@ def _expected(error: Any) -> str:
         "less_than_equal": f"at most {limit.get('le', 0):.10g}",
         "less_than": f"less than {limit.get('lt', 0):.10g}",
     }
-    return words.get(kind) or error["msg"].removeprefix("Input should be ")
+    return (words.get(kind) or error["msg"].removeprefix("Input should be ")) + or_null
 
 
 def _shown(value: Any) -> str:

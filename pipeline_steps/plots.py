@@ -11,7 +11,9 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
@@ -56,9 +58,11 @@ LABELS = {
     "f1_macro": "Macro F1",
     "accuracy": "Accuracy",
     "roc_auc_macro": "ROC-AUC (macro)",
+    "f1_micro": "Micro F1",
+    "map_macro": "Mean average precision",
 }
 MAX_NAME = 30  # characters of a class name that a picture shows
-N_HIGHLIGHTED = 5  # ROC curves that are told apart by colour
+N_HIGHLIGHTED = 5  # curves that are told apart by colour
 
 
 @contextmanager
@@ -119,8 +123,9 @@ def confusion(path: Path, counts: Ints, classes: Sequence[str]) -> None:
         bar.outline.set_visible(False)
 
 
-def per_class(path: Path, classes: pd.DataFrame) -> None:
+def per_class(path: Path, classes: pd.DataFrame, n_folds: int) -> None:
     """F1 of each class with its interval, beside precision and recall; the weakest class is at the bottom."""
+    with_interval, mean = (", with 95% interval over folds", ", mean over folds") if n_folds > 1 else ("", "")
     table = classes.sort_values(["f1_mean", "class"], ascending=[True, False], na_position="first")
     height = np.arange(len(table))
     with figure(path, 8.2, 1.5 + 0.27 * len(table)) as drawing:
@@ -129,14 +134,14 @@ def per_class(path: Path, classes: pd.DataFrame) -> None:
         for name, marker, colour, label in (
             ("precision", "|", VERMILLION, "precision"),
             ("recall", "x", GREEN, "recall"),
-            ("f1", "o", BLUE, "F1, with 95% interval over folds"),
+            ("f1", "o", BLUE, f"F1{with_interval}"),
         ):
             axes.scatter(table[f"{name}_mean"], height, marker=marker, color=colour, label=label, s=36, zorder=3)
         support = zip(table["class"], table["support"], strict=True)
         axes.set_yticks(height, [f"{short(name)}  ({count:,})" for name, count in support])
         axes.set_ylim(-0.7, len(table) - 0.3)
         axes.set_xlim(-0.02, 1.02)
-        axes.set_xlabel("score, mean over folds (samples of the class in brackets)")
+        axes.set_xlabel(f"score{mean} (samples of the class in brackets)")
         axes.set_title("Scores of each class", loc="left")
         drawing.legend(*axes.get_legend_handles_labels(), loc="outside lower right", ncols=3)
 
@@ -147,14 +152,13 @@ def roc(path: Path, classes: pd.DataFrame, folds: Sequence[tuple[Ints, Any]]) ->
     Args:
         path: the PNG to write.
         classes: the per-class table, rows in the order of the class numbers.
-        folds: for each fold the class numbers (n,) and probabilities (n, c).
+        folds: for each fold what is actual, (n,) or (n, c), and the probabilities (n, c).
     """
+    mean, spread = (", mean over folds", ", mean ± standard deviation over folds") if len(folds) > 1 else ("", "")
     grid = np.linspace(0, 1, 201)
     false_rates = np.append(0, grid)  # every curve begins at (0, 0), most of them with a vertical step
     table = classes.sort_values(["roc_auc_mean", "class"], ascending=[True, False], na_position="first")
-    defined = table["roc_auc_mean"].notna().to_numpy()
-    weakest = list(table.index[defined][:N_HIGHLIGHTED])
-    colour = {number: SERIES[place] for place, number in enumerate(weakest)}
+    colour = weakest_in_colour(table, "roc_auc_mean")
     curves = {number: curve for number in table.index if (curve := _mean_curve(folds, int(number), grid)) is not None}
     with figure(path, 10.2, max(4.9, 1.3 + 0.24 * len(table))) as drawing:
         left, right = drawing.subplots(1, 2, width_ratios=[1.15, 1])
@@ -167,55 +171,75 @@ def roc(path: Path, classes: pd.DataFrame, folds: Sequence[tuple[Ints, Any]]) ->
             left.text(0.97, 0.04, "black: mean of all classes\ncoloured: as on the right", ha="right", color=SOFT)
         left.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), aspect="equal", anchor="N")
         left.set(xlabel="false positive rate", ylabel="true positive rate")
-        left.set_title("ROC, one class against the rest, mean over folds", loc="left")
-        height = np.arange(len(table))
-        colours = [colour.get(number, SOFT) for number in table.index]
-        areas, stds = table["roc_auc_mean"], table["roc_auc_std"]
-        right.errorbar(areas, height, xerr=stds, fmt="none", ecolor=colours, elinewidth=1.2)
-        right.scatter(areas, height, color=colours, s=24, zorder=3)
-        right.set_yticks(height, [short(name) for name in table["class"]])
-        right.set_ylim(-0.7, len(table) - 0.3)
+        left.set_title(f"ROC, one class against the rest{mean}", loc="left")
+        scores_by_class(right, table, "roc_auc", colour)
         right.set_xlim(right=min(right.get_xlim()[1], 1.005))
-        right.xaxis.set_major_locator(MaxNLocator(5))
-        right.set_xlabel("ROC-AUC, mean ± standard deviation over folds")
+        right.set_xlabel(f"ROC-AUC{spread}")
         right.set_title("Area under the curve", loc="left")
 
 
+def weakest_in_colour(table: pd.DataFrame, score: str) -> dict[int, str]:
+    """A colour for each of the weakest classes of a table that is sorted by `score`, by the table's index."""
+    weakest = table.index[table[score].notna().to_numpy()][:N_HIGHLIGHTED]
+    return {int(number): SERIES[place] for place, number in enumerate(weakest)}
+
+
+def scores_by_class(axes: Axes, table: pd.DataFrame, name: str, colour: Mapping[int, str]) -> None:
+    """A dot a class with its standard deviation; the table's first row is at the bottom, `colour` is by its index."""
+    height = np.arange(len(table))
+    colours = [colour.get(number, SOFT) for number in table.index]
+    means, stds = table[f"{name}_mean"], table[f"{name}_std"]
+    axes.errorbar(means, height, xerr=stds, fmt="none", ecolor=colours, elinewidth=1.2)
+    axes.scatter(means, height, color=colours, s=24, zorder=3)
+    axes.set_yticks(height, [short(name) for name in table["class"]])
+    axes.set_ylim(-0.7, len(table) - 0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+
+
 def _mean_curve(folds: Sequence[tuple[Ints, Any]], number: int, grid: Floats) -> Floats | None:
-    defined = [
-        (actual == number, probability[:, number])
-        for actual, probability in folds
-        if 0 < (actual == number).sum() < len(actual)
-    ]
+    defined = []
+    for actual, probability in folds:
+        positive = metrics.indicator(actual, probability.shape[1])[:, number]
+        if 0 < positive.sum() < len(positive):
+            defined.append((positive, probability[:, number]))
     return metrics.mean_roc_curve(defined, grid) if defined else None
 
 
 def curves(path: Path, history: pd.DataFrame, best_epochs: Mapping[int, int]) -> None:
-    """Loss and inner weighted F1 over the epochs, a line a fold, a dot where the kept weights are from."""
+    """Loss, accuracy and inner weighted F1 over the epochs, a line a fold, a dot where the kept weights are from."""
+    parts = {"train": (BLUE, "training part"), "inner": (VERMILLION, "inner part (chooses the epoch)")}
+    panels = {
+        "loss": ("Loss", "loss"),
+        "accuracy": ("Accuracy", "accuracy"),
+        "f1_weighted": ("Weighted F1", "weighted F1"),
+    }
     with figure(path, 10.2, 3.7) as drawing:
-        left, right = drawing.subplots(1, 2)
-        for place, (fold, best_epoch) in enumerate(sorted(best_epochs.items())):
-            rows = history[history["fold"] == fold]
-            label = {"train": "training part", "inner": "inner part (chooses the epoch)"} if place == 0 else {}
-            left.plot(rows["epoch"], rows["train_loss"], color=BLUE, lw=1, alpha=0.8, label=label.get("train"))
-            left.plot(rows["epoch"], rows["inner_loss"], color=VERMILLION, lw=1, alpha=0.8, label=label.get("inner"))
-            right.plot(rows["epoch"], rows["inner_f1_weighted"], color=VERMILLION, lw=1, alpha=0.8)
-            best = rows[rows["epoch"] == best_epoch]
-            right.plot(best["epoch"], best["inner_f1_weighted"], "o", color=INK, ms=5, zorder=3)
-        left.set_title("Loss, one line a fold", loc="left")
-        left.set(xlabel="epoch", ylabel="cross-entropy", ylim=(0, None))
-        left.legend(loc="best")
-        right.set_title("Weighted F1 on the inner part; dots: epoch kept", loc="left")
-        right.set(xlabel="epoch", ylabel="weighted F1")
-        for axes in (left, right):
+        for axes, (score, (title, unit)) in zip(drawing.subplots(1, 3), panels.items(), strict=True):
+            for part, (colour, _) in parts.items():
+                if f"{part}_{score}" not in history:
+                    continue
+                for fold, best_epoch in best_epochs.items():
+                    rows = history[history["fold"] == fold]
+                    axes.plot(rows["epoch"], rows[f"{part}_{score}"], color=colour, lw=1, alpha=0.8)
+                    if part == "inner":
+                        best = rows[rows["epoch"] == best_epoch]
+                        axes.plot(best["epoch"], best[f"{part}_{score}"], "o", color=INK, ms=4, zorder=3)
+            axes.set_title(title, loc="left")
+            axes.set(xlabel="epoch", ylabel=unit)
             axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+            if score == "loss":
+                axes.set_ylim(bottom=0)
+        lines = [Line2D([], [], color=colour, label=label) for colour, label in parts.values()]
+        dot = Line2D([], [], color=INK, marker="o", ls="", ms=4, label="epoch kept; one line a fold")
+        drawing.legend(handles=[*lines, dot], loc="outside lower right", ncols=3)
 
 
 def folds(path: Path, table: pd.DataFrame, summary: Mapping[str, Any]) -> None:
-    """The headline scores of each fold, their mean and 95% interval."""
-    with figure(path, 8.2, 2.9) as drawing:
+    """The scores of each fold, their mean and 95% interval; which scores, the table's columns say."""
+    names = [name for name in reversed(LABELS) if name in table]
+    with figure(path, 8.2, 1.3 + 0.4 * len(names)) as drawing:
         axes = drawing.add_subplot()
-        for height, name in enumerate(reversed(metrics.HEADLINES)):
+        for height, name in enumerate(names):
             one = summary[name]
             scores = table[name].to_numpy(dtype=float)
             axes.scatter(scores, np.full(len(scores), height), facecolor="none", edgecolor=SOFT, s=34, zorder=3)
@@ -223,9 +247,9 @@ def folds(path: Path, table: pd.DataFrame, summary: Mapping[str, Any]) -> None:
                 axes.hlines(height, one["ci95_low"], one["ci95_high"], color=BLUE, lw=7, alpha=0.25)
             if one["mean"] is not None:
                 axes.plot(one["mean"], height, "|", color=BLUE, ms=17, mew=2.5, zorder=4)
-                text = with_spread(one["mean"], one["std"])
-                axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), va="center")
-        axes.set_yticks(range(len(metrics.HEADLINES)), [LABELS[name] for name in reversed(metrics.HEADLINES)])
-        axes.set_ylim(-0.6, len(metrics.HEADLINES) - 0.4)
+            text = with_spread(one["mean"], one["std"])
+            axes.annotate(text, (1.01, height), xycoords=("axes fraction", "data"), va="center")
+        axes.set_yticks(range(len(names)), [LABELS[name] for name in names])
+        axes.set_ylim(-0.6, len(names) - 0.4)
         axes.set_xlabel("score; circles: folds, bar: mean, band: 95% interval, right: mean ± standard deviation")
         axes.set_title("Scores of each fold", loc="left")

@@ -42,12 +42,13 @@ def pareto_front(macs: Sequence[float], score: Sequence[float]) -> list[int]:
     return front
 
 
-def quality_against_macs(path: Path, board: pd.DataFrame) -> None:
+def quality_against_macs(path: Path, board: pd.DataFrame, n_targets: int) -> None:
     """Weighted F1 with its interval over MACs on a log axis; the Pareto front is the line.
 
     Args:
         path: the PNG to write.
         board: the leaderboard; columns model, f1_weighted, f1_weighted_ci95_low, f1_weighted_ci95_high, macs.
+        n_targets: over which the scores are means.
     """
     macs = board["macs"].to_numpy(dtype=float).clip(min=1)
     score = board["f1_weighted"].to_numpy(dtype=float)
@@ -67,7 +68,8 @@ def quality_against_macs(path: Path, board: pd.DataFrame) -> None:
         axes.scatter(macs[~on_front], score[~on_front], s=54, facecolor="white", edgecolor=BLUE, zorder=3)
         axes.margins(y=0.14)
         axes.set_xlabel("multiply-accumulates of one image (MACs, log scale)")
-        axes.set_ylabel("weighted F1, mean and 95% interval over folds")
+        spread = ", mean and 95% interval over folds" if board["f1_weighted_ci95_low"].notna().any() else ""
+        axes.set_ylabel(f"weighted F1{_of_targets(n_targets)}{spread}")
         axes.set_title("Quality against cost; line and filled dots: Pareto front", loc="left")
         drawing.draw_without_rendering()
         _label_points(axes, macs, score, error, front, [short(name) for name in board["model"]])
@@ -156,13 +158,14 @@ def _overlap(one: Bbox, other: Bbox) -> float:
     return width * height if width > 0 and height > 0 else 0.0
 
 
-def f1_by_fold(path: Path, folds: Sequence[int], scores: Mapping[str, Sequence[float]]) -> None:
+def f1_by_fold(path: Path, folds: Sequence[int], scores: Mapping[str, Sequence[float]], n_targets: int) -> None:
     """Weighted F1 of every model on every fold, a line a model, best model first in `scores`.
 
     Args:
         path: the PNG to write.
         folds: the k fold numbers.
         scores: model name to its k scores.
+        n_targets: over which the scores are means.
     """
     names = list(scores)
     height_in = max(3.6, 1.4 + 0.21 * len(names))
@@ -181,7 +184,7 @@ def f1_by_fold(path: Path, folds: Sequence[int], scores: Mapping[str, Sequence[f
         axes.yaxis.set_major_locator(MaxNLocator(7))
         axes.margins(y=0.1)
         axes.set_xlabel("fold")
-        axes.set_ylabel("weighted F1")
+        axes.set_ylabel(f"weighted F1{_of_targets(n_targets)}")
         axes.set_title("The same folds, every model", loc="left")
         low, high = axes.get_ylim()
         heights = _apart([scores[name][-1] for name in names], gap=(high - low) * 0.2 / (height_in - 1.2))
@@ -190,6 +193,10 @@ def f1_by_fold(path: Path, folds: Sequence[int], scores: Mapping[str, Sequence[f
             axes.plot([len(folds) - 0.94, end - 0.03], [scores[name][-1], height], color=PALE, lw=0.7, clip_on=False)
             axes.text(end, height, short(name), va="center", color=SERIES[rank] if rank < len(SERIES) else SOFT)
         axes.set_ylim(low, high)
+
+
+def _of_targets(n_targets: int) -> str:
+    return f", mean of {n_targets} targets" if n_targets > 1 else ""
 
 
 def _apart(heights: Sequence[float], gap: float) -> list[float]:

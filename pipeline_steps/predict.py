@@ -7,7 +7,7 @@ torch, this one looks for the images and asks the registry. Rows are written as 
 import gc
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -50,7 +50,7 @@ def predict(
 
     Columns: `path` (as given, or the given folder with what lies below it); for each target, such as `label`: TARGET,
     TARGET_probability and TARGET_top_k (list of {label, probability}, best first); `error` (why an unreadable image
-    has none of these, else null); `model_version`.
+    has none of these, else null); `model_version`. Of a multilabel target, TARGET and TARGET_probability are lists.
 
     Args:
         params: for the model's name in the registry.
@@ -81,9 +81,9 @@ def predict(
             version, folder = _fetch(name, version, Path(scratch))
         say(f"predict: version {version} of {name} scores {len(found):,} images")
         with _unless_broken(f"Version {version} of {name}"):
-            classes = model.open(folder)
+            targets = model.open(folder)
             loaded = time.monotonic()
-            n_unreadable = _write(file, _rows(model, found, top_k), list(classes), version)
+            n_unreadable = _write(file, _rows(model, found, top_k), targets, version)
             answering_s = time.monotonic() - loaded
         if out.startswith("s3://"):
             buckets.upload(file, out)
@@ -168,21 +168,25 @@ def _rows(
     return track(zip(names, answers, strict=True), "predict", len(images), "images")
 
 
-def _write(out: Path, rows: Iterator[tuple[str, isolated.Row]], targets: Sequence[str], version: str) -> int:
-    """Writes the rows as they come; returns how many have no answer."""
+def _write(out: Path, rows: Iterator[tuple[str, isolated.Row]], targets: Mapping[str, bool], version: str) -> int:
+    """Writes the rows as they come; returns how many have no answer. `targets`: whether each is multilabel."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from pipeline_steps.files import atomic_path
 
     ranked = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
-    kinds = (pa.string(), pa.float64(), ranked)
-    answers = [column for target in targets for column in zip(_columns(target), kinds, strict=True)]
+    one, several = (pa.string(), pa.float64(), ranked), (pa.list_(pa.string()), pa.list_(pa.float64()), ranked)
+    answers = [
+        column
+        for target, multilabel in targets.items()
+        for column in zip(_columns(target), several if multilabel else one, strict=True)
+    ]
     schema = pa.schema([("path", pa.string()), *answers, ("error", pa.string()), ("model_version", pa.string())])
     n_unreadable = 0
     with atomic_path(out) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         while part := list(islice(rows, ROWS_A_GROUP)):
-            records = [{"path": name, **_record(answer), "model_version": version} for name, answer in part]
+            records = [{"path": name, **_record(answer, targets), "model_version": version} for name, answer in part]
             n_unreadable += sum("error" in record for record in records)
             writer.write_table(pa.Table.from_pylist(records, schema))
     return n_unreadable
@@ -193,13 +197,15 @@ def _columns(target: str) -> tuple[str, str, str]:
     return target, f"{target}_probability", f"{target}_top_k"
 
 
-def _record(answer: isolated.Row) -> dict[str, Any]:
+def _record(answer: isolated.Row, targets: Mapping[str, bool]) -> dict[str, Any]:
     if isinstance(answer, str):
         return {"error": answer}
     record: dict[str, Any] = {}
     for target, best in answer.items():
-        listed = [{"label": label, "probability": probability} for label, probability in best]
-        record |= dict(zip(_columns(target), (*best[0], listed), strict=True))
+        labels, ranked = best if targets[target] else (None, best)
+        own = ranked[0] if labels is None else ([label for label, _ in labels], [value for _, value in labels])
+        listed = [{"label": label, "probability": probability} for label, probability in ranked]
+        record |= dict(zip(_columns(target), (*own, listed), strict=True))
     return record
 
 

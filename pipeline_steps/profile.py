@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from pipeline_steps import targets
 from pipeline_steps.complexity.totals import count
 from pipeline_steps.files import read_parquet, write_json
 from pipeline_steps.params import Params
@@ -14,8 +15,9 @@ def run(params: Params, model: str, root: Path = Path()) -> dict[str, int]:
     Raises:
         PleatError: timm does not know the backbone.
     """
-    n_classes = read_parquet(root / "data" / "split" / "folds.parquet")["label"].nunique()
-    totals = count(params.models[model], params.training[model].head, n_classes)
+    found = targets.of(params.targets, read_parquet(root / "data" / "split" / "folds.parquet"))
+    n_outputs = sum(len(target.classes) for target in found)
+    totals = count(params.models[model], params.training[model].head, n_outputs)
     write_json(root / "data" / "profile" / f"{model}.json", totals)
     say(
         f"profile {model}: {totals['params'] / 1e6:,.2f} M parameters, {totals['macs'] / 1e6:,.1f} M MACs "

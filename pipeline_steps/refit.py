@@ -2,7 +2,7 @@
 
 import hashlib
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline_steps import model_card, package
+from pipeline_steps import model_card, package, targets
 from pipeline_steps.files import (
     atomic_folder,
     read_json,
@@ -21,28 +21,28 @@ from pipeline_steps.files import (
     write_parquet,
     write_text,
 )
-from pipeline_steps.metrics import headlines
+from pipeline_steps.metrics import headlines, mean_of_targets
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import CustomCnn, Model, Params
 from pipeline_steps.progress import say
 from pipeline_steps.serving import TRAINED_ON
-from pipeline_steps.train import CHECKPOINTS, build_network, load_inputs, schedule
+from pipeline_steps.targets import Target
+from pipeline_steps.train import CHECKPOINTS, answers, build_network, build_objective, codes_of, load_inputs, schedule
 from pipeline_steps.versions import data_version
 from pipeline_steps.vision.engine import Epoch, Fitted, fit, predict
 from pipeline_steps.vision.lease import lease
 from pipeline_steps.vision.networks import Head
 
-TARGET = "label"
-
 
 def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] = lambda _: None) -> dict[str, Any]:
-    """Writes data/refit (package/, holdout.parquet, history.csv, metrics.json) and reports/model_card.
+    """Writes data/refit (package/, holdout/TARGET.parquet, history.csv, metrics.json) and reports/model_card.
 
     It trains for as many epochs as the folds chose (the median), since nothing is left to choose by.
 
     Returns:
-        What metrics.json holds: `model`, `epochs`, `n_train`, `n_holdout`, `package` (a name of its contents) and the
-        headline scores on the holdout where there is one, None where undefined.
+        What metrics.json holds: `model`, `epochs`, `n_train`, `n_holdout`, `holdout` and `package` (names of their
+        contents) and, where there is a holdout, the headline scores on it, means over the targets, and `targets`, the
+        scores of each. An undefined score is None.
 
     Raises:
         PleatError: the stages before have not run, or the backbone's weights cannot be had.
@@ -51,14 +51,14 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     settings, training = params.models[model], params.training[model]
     samples = read_parquet(root / "data" / "split" / "folds.parquet")
     inputs, samples, version = load_inputs(root, model, params.experiment.batches, samples)
-    classes = sorted(samples["label"].unique())
-    codes = torch.tensor([classes.index(label) for label in samples["label"]])
+    learned = targets.of(params.targets, samples)
+    codes, objective = codes_of(learned, samples), build_objective(training, learned)
     learn, held = (torch.from_numpy(np.flatnonzero(samples["side"] == side)) for side in ("train", "holdout"))
     epochs = _chosen_epochs(model, params.experiment.folds, root)
     seed = params.experiment.seed * 1000 + len(params.experiment.folds)  # the folds have those below
 
     torch.manual_seed(seed)
-    network = build_network(settings, training, inputs, len(classes))
+    network = build_network(settings, training, inputs, objective.n_outputs)
     if isinstance(network, Head):
         torch.set_num_threads(1)
         network.standardise_by(inputs.values[learn])
@@ -72,30 +72,29 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
     with lease(f"refit {model}") as device:
-        inputs, labels = type(inputs)(inputs.values.to(device)), codes.to(device)
+        inputs = type(inputs)(inputs.values.to(device))
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
-            network, inputs, labels, learn.to(device), None, schedule(training, seed, epochs), checkpoint, version,
-            report, go_on,
+            network, objective, inputs, codes.to(device), learn.to(device), None, schedule(training, seed, epochs),
+            checkpoint, version, report, go_on,
         )  # fmt: skip
         network.load_state_dict(fitted.state)
-        answered = torch.empty(0, len(classes))
+        answered = torch.empty(0, objective.n_outputs)
         if len(held):
-            answered = predict(network, inputs, held.to(device), training.mirror).cpu()
+            answered = predict(network, objective, inputs, held.to(device), training.mirror).cpu()
     network = network.cpu().to(memory_format=torch.contiguous_format)
-    holdout = samples.iloc[held.numpy()].reset_index(drop=True)
-    holdout = holdout[["sample_id", "batch", "label", "group"]].assign(
-        **{f"p:{name}": answered[:, code].numpy() for code, name in enumerate(classes)}
-    )
-    scores: dict[str, float | None] = {}
+    rows, parts = samples.iloc[held.numpy()], [part.numpy() for part in objective.split(answered)]
+    about = {"model": model, "epochs": epochs, "n_train": len(learn), "n_holdout": len(held)}
+    about["holdout"] = _digest(rows, targets.label_columns(params.targets))
+    scored = "no holdout"
     if len(held):
-        found = headlines(codes.numpy()[held.numpy()], answered.numpy())
-        scores = {name: None if np.isnan(value) else float(value) for name, value in found.items()}
-    about = {"model": model, "epochs": epochs, "n_train": len(learn), "n_holdout": len(held), **scores}
-    about["holdout"] = hashlib.sha256("".join(holdout["sample_id"] + holdout["label"]).encode()).hexdigest()
-    summary = _write(params, root, network, about, samples, classes, holdout, fitted)
+        scores = [headlines(target.codes(rows), part) for target, part in zip(learned, parts, strict=True)]
+        about |= _numbers(mean_of_targets(scores))
+        about["targets"] = {target.name: _numbers(one) for target, one in zip(learned, scores, strict=True)}
+        over = f" (mean of {len(learned)} targets)" if len(learned) > 1 else ""
+        scored = f"weighted F1 {about['f1_weighted']:.4f}{over} on {len(held):,} of the holdout"
+    summary = _write(params, root, network, about, samples, learned, parts, fitted)
     checkpoint.unlink(missing_ok=True)
-    scored = f"weighted F1 {scores['f1_weighted']:.4f} on {len(held):,} of the holdout" if scores else "no holdout"
     say(f"refit {model}: {len(learn):,} samples, {epochs} epochs; {scored}")
     return summary
 
@@ -107,36 +106,51 @@ def _chosen_epochs(model: str, folds: list[int], root: Path) -> int:
     return statistics.median_high(chosen)
 
 
+def _digest(rows: pd.DataFrame, labels: list[str]) -> str:
+    """Names which samples are in the holdout, and what they are."""
+    lines = [sample_id + "\0".join(cells) for sample_id, *cells in rows[["sample_id", *labels]].to_numpy()]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def _numbers(scores: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
+
+
 def _write(
     params: Params,
     root: Path,
     network: torch.nn.Module,
     about: dict[str, Any],
     samples: pd.DataFrame,
-    classes: list[str],
-    holdout: pd.DataFrame,
+    learned: Sequence[Target],
+    held: Sequence[np.ndarray],
     fitted: Fitted,
 ) -> dict[str, Any]:
     model = about["model"]
     whole, size, preprocessing = _whole(params.models[model], network, root)
     travels = {
         "model": model,
-        "classes": {TARGET: classes},
         "preprocessing": preprocessing,
         "max_pixels": params.ingest.max_pixels,
         "data_version": data_version(params.experiment.batches, root),
     }
     trained_on = samples["sample_id"][samples["side"] == "train"]
-    card = model_card.collect(params, root, about, samples, classes, holdout, travels)
+    rows = samples[samples["side"] == "holdout"]
+    card = model_card.collect(params, root, about, samples, learned, held, travels["data_version"])
     data = root / "data" / "refit"
     with atomic_folder(root / "reports" / "model_card") as reports, atomic_folder(data / "package") as out:
-        answering = package.Answering(whole, params.training[model].mirror)
-        package.write(out, answering, size, travels, _example(samples, root))
+        answering = package.Answering(whole, learned, params.training[model].mirror)
+        package.write(out, answering, size, travels, _example(samples, learned[0], root))
         write_text(out / TRAINED_ON, "".join(f"{sample_id}\n" for sample_id in sorted(trained_on)))
         model_card.write(reports, out, card)
         about["package"] = package.digest(out)
-    write_parquet(data / "holdout.parquet", holdout)
-    write_csv(data / "history.csv", pd.DataFrame([asdict(epoch) for epoch in fitted.history])[["epoch", "train_loss"]])
+    with atomic_folder(data / "holdout") as out:
+        for target, probabilities in zip(learned, held, strict=True):
+            table = answers(rows, ["sample_id", "batch"], target, probabilities)
+            table.insert(3, "group", rows["group"].to_numpy())
+            write_parquet(out / f"{target.name}.parquet", table)
+    history = pd.DataFrame([asdict(epoch) for epoch in fitted.history])
+    write_csv(data / "history.csv", history[["epoch", "train_loss", "train_accuracy"]])
     write_json(data / "metrics.json", about)
     return about
 
@@ -155,9 +169,10 @@ def _whole(settings: Model, network: torch.nn.Module, root: Path) -> tuple[torch
     return whole, preprocessing.crop, asdict(preprocessing)
 
 
-def _example(samples: pd.DataFrame, root: Path) -> bytes:
+def _example(samples: pd.DataFrame, target: Target, root: Path) -> bytes:
     """An image of the most frequent class, the same every time; of the holdout where it has one."""
-    rows = samples[samples["label"] == samples["label"].mode()[0]].sort_values(["side", "sample_id"])
+    labels = samples[target.columns[0]]
+    rows = samples[labels == labels.mode()[0]].sort_values(["side", "sample_id"])
     first = rows.iloc[0]
     found = read_images(root / "data" / "ingest" / first["batch"] / "images.arrow", [first["sample_id"]])
     return found[first["sample_id"]]

@@ -298,11 +298,14 @@ def _arguments(package: Path) -> dict[str, Any]:
 
     about = json.loads((package / "about.json").read_text(encoding="utf-8"))
     listed = Array(Object([Property("label", DataType.string), Property("probability", DataType.double)]))
-    kinds: tuple[Any, ...] = (DataType.string, DataType.double, listed)
+    one: tuple[Any, ...] = (DataType.string, DataType.double, listed)
+    several: tuple[Any, ...] = (Array(DataType.string), Array(DataType.double), listed)
     outputs = [
         ColSpec(kind, name, required=False)
         for target in about["classes"]
-        for kind, name in zip(kinds, columns_of(target), strict=True)
+        for kind, name in zip(
+            several if target in about.get("multilabel", []) else one, columns_of(target), strict=True
+        )
     ]
     return {
         "python_model": str(package / "model.py"),

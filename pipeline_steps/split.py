@@ -1,60 +1,132 @@
-"""Stage `split`: what belongs to the permanent holdout, and the stratified folds of the rest."""
+"""Stage `split`: what belongs to the permanent holdout, and the folds of the rest: stratified, or as given."""
 
 import hashlib
-import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
-from sklearn.model_selection import StratifiedGroupKFold
 
+from pipeline_steps import balance, targets
 from pipeline_steps.errors import PleatError
-from pipeline_steps.files import atomic_folder, read_parquet, write_csv, write_parquet
+from pipeline_steps.files import atomic_folder, read_parquet, write_parquet
 from pipeline_steps.params import Holdout, Params, Split
 from pipeline_steps.progress import say
+from pipeline_steps.stratify import class_sizes, stratified_folds
+from pipeline_steps.targets import Target
 
 COMPARISONS_A_CHUNK = 2**23  # of hashes, 8 bytes each
-FOLD_COLUMNS = ["sample_id", "batch", "label", "group", "side", "fold"]
-STRADDLING_COLUMNS = ["sample_id", "batch", "source_path", "label", "detail"]
+HOLDOUT, VAL, TRAIN = -1, 0, 1  # fold numbers; the last two are the data set's own lists
+# Why a sample is left out.
+ACROSS_HOLDOUT = "near copy of samples on both sides of the holdout"
+BESIDE_VAL = "on the train list, but in one group with samples of the val list"
 
 
 def run(params: Params, root: Path = Path()) -> None:
     """Writes data/split/folds.parquet, data/split/straddling.parquet and reports/split (balance table and plot).
 
+    folds.parquet has columns sample_id, batch, the targets' label columns, group, side ("train" or "holdout") and fold
+    (-1 in the holdout). With `split.given` fold 0 is the val list, and fold 1 the train list, which is never scored.
+
     Raises:
-        PleatError: a class has fewer samples than there are folds, or there are fewer groups than folds.
+        PleatError: a class has too few samples, there are fewer groups than folds, or `split.given` is set but samples
+            are on none of the lists.
     """
     manifest = read_parquet(root / "data" / "validate" / "manifest.parquet")
     # Groups come from all ingested samples, so that dropping a label later moves no other sample across the holdout.
-    batches = params.experiment.batches
+    batches, folds = params.experiment.batches, params.experiment.folds
     ingested = pd.concat([read_parquet(root / "data" / "ingest" / batch / "manifest.parquet") for batch in batches])
     ingested = ingested.drop_duplicates("sample_id").reset_index(drop=True)
     groups = assign_groups(ingested, batches, params.split).set_axis(ingested["sample_id"])
 
-    manifest = manifest.join(groups, on="sample_id")
-    straddling = manifest["straddling"]
-    left_out = manifest[straddling].assign(detail="near copy of samples on both sides of the holdout")
-    rows = manifest[~straddling].reset_index(drop=True)
-    rows["fold"] = stratified_folds(rows, len(params.experiment.folds), params.experiment.seed)
+    rows = manifest.join(groups, on="sample_id")
+    left_out = rows[rows["straddling"]].assign(detail=ACROSS_HOLDOUT)
+    rows = rows[~rows["straddling"]].reset_index(drop=True)
+    if params.split.given:
+        check_lists(manifest)
+        beside = beside_val(rows)
+        left_out = pd.concat([left_out, rows[beside].assign(detail=BESIDE_VAL)])
+        rows = rows[~beside].reset_index(drop=True)
+    found = targets.of(params.targets, rows)
+    if params.split.given:
+        rows["fold"] = given_folds(rows, found)
+        parts = {VAL: "val", TRAIN: "train", HOLDOUT: "holdout"}
+    else:
+        rows["fold"] = stratified_folds(rows, found, len(folds), params.experiment.seed)
+        parts = {number: f"fold {number}" for number in folds} | {HOLDOUT: "holdout"}
 
-    n_folds = len(params.experiment.folds)
-    columns = {**{number: f"fold {number}" for number in range(n_folds)}, -1: "holdout"}
-    balance = pd.crosstab(rows["label"], rows["fold"])
-    balance = balance[[number for number in columns if number in balance]].rename(columns=columns)
+    counts = balance.table(rows, found, parts)
+    for (target, label), row in counts[[parts[number] for number in folds]].iterrows():
+        if lacking := ", ".join(row.index[row == 0]):
+            say(f"split: warning: no sample of class '{label}' of target {target} in {lacking}, so no score there")
+    labels = targets.label_columns(params.targets)
     with atomic_folder(root / "reports" / "split") as reports, atomic_folder(root / "data" / "split") as out:
-        write_parquet(out / "folds.parquet", rows[FOLD_COLUMNS])
-        write_parquet(out / "straddling.parquet", left_out[STRADDLING_COLUMNS])
-        write_csv(reports / "balance.csv", balance.reset_index())
-        _plot(balance, reports / "balance.png")
+        write_parquet(out / "folds.parquet", rows[["sample_id", "batch", *labels, "group", "side", "fold"]])
+        write_parquet(out / "straddling.parquet", left_out[["sample_id", "batch", "source_path", *labels, "detail"]])
+        balance.write(reports, counts, rows["fold"].map(parts).value_counts()[counts.columns])
+    _report(params, rows, left_out)
+
+
+def check_lists(manifest: pd.DataFrame) -> None:
+    """Refuses samples without a place in the data set's own lists.
+
+    Raises:
+        PleatError: there are such samples.
+    """
+    unlisted = manifest["batch"][~manifest["given"].isin(["val", "train"])]
+    if len(unlisted):
+        raise PleatError(
+            f"split.given is true, but {len(unlisted):,} samples are on neither a train nor a val list, the first in "
+            f"batch '{unlisted.iloc[0]}'. Batches with and without such lists cannot be mixed: take such a batch off "
+            "experiment.batches, or set split.given: false and experiment.folds to at least 2."
+        )
+
+
+def beside_val(rows: pd.DataFrame) -> pd.Series:
+    """Whether each row is of the train list but shares its group with rows of the val list, outside the holdout.
+
+    These are left out, and not those of the val list, so that scores on it can be compared with others' scores.
+    """
+    scored = rows["group"][(rows["given"] == "val") & (rows["side"] == "train")]
+    return (rows["given"] == "train") & rows["group"].isin(scored)
+
+
+def given_folds(rows: pd.DataFrame, found: Sequence[Target]) -> pd.Series:
+    """Fold number a row by the data set's own lists: 0 is val, 1 is train, -1 the holdout.
+
+    Raises:
+        PleatError: no sample is left to score, or none of a class to learn from.
+    """
+    fold = rows["given"].map({"val": VAL, "train": TRAIN}).where(rows["side"] == "train", HOLDOUT)
+    if not (fold == VAL).any():
+        raise PleatError(
+            "split.given is true, but no sample of a val list lies outside the holdout; "
+            "set split.given: false and experiment.folds to at least 2."
+        )
+    unknown = [name for name, n in class_sizes(found, rows[fold == TRAIN]).items() if n == 0]
+    if unknown:
+        raise PleatError(
+            f"The train list holds no sample outside the holdout of {', '.join(unknown)}. Drop such a class "
+            "(labels.drop), or merge it into another one (labels.merge)."
+        )
+    return fold
+
+
+def _report(params: Params, rows: pd.DataFrame, left_out: pd.DataFrame) -> None:
+    in_part, reasons = rows["fold"].value_counts(), left_out["detail"].value_counts()
+    where = f"{int((rows['fold'] >= 0).sum()):,} in {len(params.experiment.folds)} folds"
+    why = f"{reasons.get(ACROSS_HOLDOUT, 0):,} left out as near copies across the holdout"
+    if params.split.given:
+        where = f"{in_part[VAL]:,} of the val list and {in_part[TRAIN]:,} of the train list outside it"
+        why += f", {reasons.get(BESIDE_VAL, 0):,} of the train list because their group has samples of the val list"
     together = int((rows.groupby("group")["sample_id"].transform("size") > 1).sum())
     kind = f"one {params.split.group_by}, or near copies" if params.split.group_by else "near copies"
     say(
-        f"split: {int((rows['side'] == 'holdout').sum()):,} samples in the holdout, "
-        f"{int((rows['fold'] >= 0).sum()):,} in {len(params.experiment.folds)} folds; "
-        f"{together:,} samples share a group ({kind}); {len(left_out):,} left out as near copies across the holdout"
+        f"split: {in_part.get(HOLDOUT, 0):,} samples in the holdout, {where}; "
+        f"{together:,} samples share a group ({kind}); {why}"
     )
 
 
@@ -137,39 +209,6 @@ def in_holdout(group: str, holdout: Holdout) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < holdout.fraction
 
 
-def stratified_folds(rows: pd.DataFrame, n_folds: int, seed: int) -> pd.Series:
-    """Fold number a row (-1 in the holdout); classes spread evenly, groups kept whole.
-
-    Raises:
-        PleatError: a class has fewer samples than folds, or there are fewer groups than folds.
-    """
-    fold = pd.Series(-1, index=rows.index)
-    train = rows[rows["side"] == "train"]
-    sizes = train["label"].value_counts().reindex(sorted(set(rows["label"])), fill_value=0)
-    small = sizes[sizes < n_folds]
-    if len(small):
-        found = ", ".join(f"class '{label}' has {n}" for label, n in small.items())
-        raise PleatError(
-            f"Too few samples outside the holdout for {n_folds} folds: {found}. Drop such a class (labels.drop), "
-            "merge it into another one (labels.merge), or use fewer folds (experiment.folds)."
-        )
-    n_groups = train["group"].nunique()
-    if n_groups < n_folds:
-        raise PleatError(
-            f"The samples outside the holdout form {n_groups} groups, fewer than the {n_folds} folds. "
-            "Use fewer folds (experiment.folds), or do not keep groups whole (split.group_by: null)."
-        )
-    groups_a_class = train.groupby("label")["group"].nunique()
-    for label, count in groups_a_class[groups_a_class < n_folds].items():
-        say(f"split: warning: class '{label}' comes from {count} groups only, so some folds will not hold it")
-    splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # said above, with the class's name
-        for number, (_, scored) in enumerate(splitter.split(train, train["label"], train["group"])):
-            fold.loc[train.index[scored]] = number
-    return fold
-
-
 def _near_pairs(hashes: np.ndarray, max_distance: int) -> np.ndarray:
     """Pairs (n, 2) of positions in `hashes`, distinct uint64, that differ in at most `max_distance` bits."""
     pairs = [np.empty((0, 2), dtype=np.int64)]
@@ -199,38 +238,3 @@ def _components(keys: np.ndarray, hash_of: np.ndarray, near: np.ndarray) -> list
     number = connected_components(graph, directed=False)[1][:n_rows]
     order = np.argsort(number, kind="stable")
     return np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
-
-
-def _plot(balance: pd.DataFrame, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    balance = balance.loc[balance.sum(axis=1).sort_values(ascending=False, kind="stable").index]
-    share = balance.div(balance.sum(axis=1), axis=0)
-    figure, axes = plt.subplots(figsize=(10, 0.34 * len(balance) + 1.5), layout="constrained")
-    left = np.zeros(len(share))
-    for number, column in enumerate(share):
-        colour = "#d8dee4" if column == "holdout" else ("#9ecae1", "#c6dbef")[number % 2]
-        bars = axes.barh(range(len(share)), share[column], left=left, color=colour, edgecolor="white", height=0.82)
-        axes.bar_label(bars, [f"{n:,}" for n in balance[column]], label_type="center", fontsize=8, color="#1f2328")
-        left += share[column].to_numpy()
-    # Where the borders would lie if every class were spread like all samples together.
-    overall = balance.sum() / balance.to_numpy().sum()
-    borders = overall.cumsum()
-    for border in borders[:-1]:
-        axes.axvline(border, color="#0072b2", linewidth=1, linestyle=(0, (4, 3)))
-    top = axes.secondary_xaxis("top")
-    top.set_xticks(borders - overall / 2, [f"{name}\n{n:,}" for name, n in balance.sum().items()])
-    top.tick_params(length=0)
-    names = [f"{label}  {n:,}" for label, n in balance.sum(axis=1).items()]
-    axes.set_yticks(range(len(share)), names, parse_math=False)  # a label may hold a $
-    axes.tick_params(length=0)
-    axes.set(xlim=(0, 1), xticks=[], ylim=(len(share) - 0.4, -0.6))
-    where = "folds and holdout" if "holdout" in balance else "folds"
-    axes.set_title(f"Samples of each class by {where}; dashed: all classes together", pad=12)
-    for side in (*axes.spines.values(), *top.spines.values()):
-        side.set_visible(False)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)

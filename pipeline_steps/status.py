@@ -1,5 +1,6 @@
 """`pleat status`: what is champion, what lies in the inbox, what ran last."""
 
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -39,14 +40,19 @@ def _champion(params: Params, _: Path) -> list[str]:
     ]
     judged = [event for event in events if event.version == champion and event.evidence.get("candidate")]
     if judged and judged[-1].evidence["candidate"].get("f1_weighted") is not None:
-        scores, n_rows = judged[-1].evidence["candidate"], judged[-1].evidence["n_rows"]
-        lines.append(
-            f"weighted F1 {scores['f1_weighted']:.3f}, macro F1 {scores['f1_macro']:.3f} on {n_rows:,} of the holdout"
-        )
+        evidence = judged[-1].evidence
+        lines.append(f"{_f1(evidence['candidate'])} on {evidence['n_rows']:,} of the holdout")
+        targets = evidence.get("targets", {})  # events of older versions have none
+        if len(targets) > 1:
+            lines += [f"  {name}: {_f1(target['candidate'])}" for name, target in targets.items()]
     if challenger := challenger_of(events):
         asked = next(event for event in reversed(events) if event.version == challenger)
         lines.append(f"behind it: version {challenger} ({asked.kind})")
     return lines
+
+
+def _f1(scores: Mapping[str, float]) -> str:
+    return f"weighted F1 {scores['f1_weighted']:.3f}, macro F1 {scores['f1_macro']:.3f}"
 
 
 def _inbox(params: Params, root: Path) -> list[str]:

@@ -22,6 +22,7 @@ from pipeline_steps.buckets import redact
 from pipeline_steps.files import FLOAT_FORMAT, read_json, read_parquet
 from pipeline_steps.params import Params, flat
 from pipeline_steps.progress import say
+from pipeline_steps.targets import label_columns
 from pipeline_steps.versions import (
     EXPERIMENT,
     EXPERIMENT_TAGS,
@@ -50,7 +51,7 @@ from mlflow.tracking import MlflowClient
 
 KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
-SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro")
+SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro", "f1_micro", "map_macro")
 SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
 LINK = re.compile(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', re.DOTALL)
 RUN_TAG = "pleat.run."  # with the name of an Airflow run: that run used this result
@@ -127,7 +128,11 @@ class Tracker:
         if run.info.status != "FINISHED":
             about = read_json(folder / "metrics.json")
             epochs = {name: about[name] for name in ("best_epoch", "epochs")}
-            values = {**epochs, **scores_of(read_parquet(folder / "predictions.parquet"))}
+            scores = {
+                name: scores_of(read_parquet(folder / "predictions" / f"{name}.parquet"), target.kind == "multilabel")
+                for name, target in self.params.targets.items()
+            }
+            values = {**epochs, **by_target(_means(scores), scores)}
             self.client.log_batch(run.info.run_id, metrics=_metrics(values, step=0))
             self._finish(run)
 
@@ -138,9 +143,7 @@ class Tracker:
         run = self._model_run(model)
         run_id = run.info.run_id
         summary = read_json(self.root / "data" / "evaluate" / model / "metrics.json")
-        values = {
-            name + suffix: summary[name][part] for name in SUMMARY_METRICS for part, suffix in SUMMARY_PARTS.items()
-        }
+        values = by_target(_spreads(summary), {name: _spreads(own) for name, own in summary["targets"].items()})
         self.client.log_batch(run_id, metrics=_metrics(values, step=0))
         self.client.log_artifacts(run_id, str(self.root / "reports" / "models" / model), "report")
         self._finish(run)
@@ -173,9 +176,9 @@ class Tracker:
         model, key = about["model"], digest("refit", about["package"])
         run = self._find_or_create(f"{model} refit", key, "refit", model, pipeline.info.run_id)
         if run.info.status != "FINISHED":
-            from pipeline_steps.metrics import HEADLINES  # late: brings scipy, which takes a second
-
-            scores = {f"holdout_{name}": about[name] for name in HEADLINES if name in about}
+            scores = by_target(
+                _of_holdout(about), {name: _of_holdout(own) for name, own in about.get("targets", {}).items()}
+            )
             counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout")}
             self.client.log_batch(run.info.run_id, metrics=_metrics({**counts, **scores}, step=0))
             self.client.log_artifacts(run.info.run_id, str(self.root / "reports" / "model_card"), "model_card")
@@ -280,7 +283,9 @@ class Tracker:
         name = ",".join(self.params.experiment.batches)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about integer columns, and two equal ways to read a local path
-            dataset = from_pandas(read_parquet(path), source=str(path), name=name, targets="label")
+            labels = label_columns(self.params.targets)
+            target = labels[0] if len(labels) == 1 else None  # MLflow knows of one only
+            dataset = from_pandas(read_parquet(path), source=str(path), name=name, targets=target)
             entity = DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "training")])
         self.client.log_inputs(run_id, [entity])
 
@@ -314,14 +319,51 @@ def _pipeline_runs(tags: Mapping[str, str], condition: str = "") -> list[Run]:
     return list(client.search_runs([found.experiment_id], query, max_results=1, order_by=newest))
 
 
-def scores_of(predictions: pd.DataFrame) -> dict[str, float]:
-    """The headline scores of one fold's predictions (columns label and `p:CLASS`)."""
-    from pipeline_steps.metrics import headlines
+def scores_of(predictions: pd.DataFrame, multilabel: bool) -> dict[str, float]:
+    """The scores of one target's predictions in one fold (columns label and `p:CLASS`).
+
+    A label of a multilabel target counts from `metrics.THRESHOLD` on, since one fold cannot choose a better threshold.
+    """
+    from sklearn.preprocessing import MultiLabelBinarizer
+
+    from pipeline_steps.metrics import headlines  # late: brings scipy, which takes a second
 
     classes = [column.removeprefix("p:") for column in map(str, predictions) if column.startswith("p:")]
-    number = {name: code for code, name in enumerate(classes)}
-    actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
+    if multilabel:
+        actual = MultiLabelBinarizer(classes=classes).fit_transform(predictions["label"])
+    else:
+        number = {name: code for code, name in enumerate(classes)}
+        actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
     return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
+
+
+def by_target(
+    means: Mapping[str, float | None], targets: Mapping[str, Mapping[str, float | None]]
+) -> dict[str, float | None]:
+    """The means over several targets with each target's own scores beside them, as SCORE.TARGET; of one its scores."""
+    if len(targets) == 1:
+        return {**next(iter(targets.values())), **means}
+    own = {f"{name}.{target}": score for target, scores in targets.items() for name, score in scores.items()}
+    return {**means, **own}
+
+
+def _means(targets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    from pipeline_steps.metrics import mean_of_targets
+
+    return mean_of_targets(list(targets.values()))
+
+
+def _spreads(summary: Mapping[str, Any]) -> dict[str, float | None]:
+    return {
+        name + suffix: summary[name][part]
+        for name in SUMMARY_METRICS
+        if name in summary
+        for part, suffix in SUMMARY_PARTS.items()
+    }
+
+
+def _of_holdout(scores: Mapping[str, Any]) -> dict[str, float | None]:
+    return {f"holdout_{name}": scores[name] for name in SUMMARY_METRICS if name in scores}
 
 
 def _as_written(line: Mapping[Any, Any]) -> dict[str, float | None]:

@@ -1,7 +1,7 @@
 """Stage `train`: one fold of one model."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,17 +11,20 @@ import torch
 from safetensors.torch import save
 from sklearn.model_selection import StratifiedShuffleSplit
 
+from pipeline_steps import targets
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_parquet
-from pipeline_steps.metrics import headlines
 from pipeline_steps.params import CustomCnn, Model, Params, Training
 from pipeline_steps.progress import say
+from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
 from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
 from pipeline_steps.vision.inputs import Features, Inputs, Pixels
 from pipeline_steps.vision.lease import lease
+from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head
+from pipeline_steps.vision.objective import Objective, Output
 
 CHECKPOINTS = Path(".pleat/checkpoints")
 
@@ -29,7 +32,7 @@ CHECKPOINTS = Path(".pleat/checkpoints")
 def run(
     params: Params, model: str, fold: int, root: Path = Path(), on_epoch: Callable[[Epoch], None] = lambda _: None
 ) -> None:
-    """Writes data/train/MODEL/fold_K: weights.safetensors, predictions.parquet, history.csv, metrics.json.
+    """Writes data/train/MODEL/fold_K: weights.safetensors, predictions/TARGET.parquet, history.csv, metrics.json.
 
     The fold's own rows choose nothing: an inner part of the other folds decides when to stop and which epoch stays.
 
@@ -39,14 +42,17 @@ def run(
     settings, training = params.models[model], params.training[model]
     samples = read_parquet(root / "data" / "split" / "folds.parquet")
     inputs, samples, version = load_inputs(root, model, params.experiment.batches, samples)
-    classes = sorted(samples["label"].unique())
-    number = {name: code for code, name in enumerate(classes)}
-    codes = torch.tensor([number[label] for label in samples["label"]])
+    learned = targets.of(params.targets, samples)
+    codes, objective = codes_of(learned, samples), build_objective(training, learned)
     seed = params.experiment.seed * 1000 + fold
-    learn, inner, scored = divide(samples, fold, training.inner_fraction, seed)
+    learn, inner, scored = divide(samples, learned, fold, training.inner_fraction, seed)
+    for target in learned:
+        absent = _absent(target, samples.iloc[learn.numpy()])
+        if absent:
+            say(f"train {model} fold {fold}: warning: no sample to learn from for {target.name} {', '.join(absent)}")
 
     torch.manual_seed(seed)
-    network = build_network(settings, training, inputs, len(classes))
+    network = build_network(settings, training, inputs, objective.n_outputs)
     if isinstance(network, Head):
         torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
@@ -65,21 +71,25 @@ def run(
             on_epoch(epoch)
 
     with lease(f"train {model} fold {fold}") as device:
-        inputs, labels = type(inputs)(inputs.values.to(device)), codes.to(device)
+        inputs = type(inputs)(inputs.values.to(device))
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
-            network, inputs, labels, learn.to(device), inner.to(device), schedule(training, seed), checkpoint, version,
-            report, go_on,
+            network, objective, inputs, codes.to(device), learn.to(device), inner.to(device), schedule(training, seed),
+            checkpoint, version, report, go_on,
         )  # fmt: skip
         network.load_state_dict(fitted.state)
-        probabilities = predict(network, inputs, scored.to(device), training.mirror).cpu().numpy()
-        key = fold_key(params, model, fold, root)
-        _write(root, model, fold, samples.iloc[scored.numpy()], classes, probabilities, fitted, key)
+        probabilities = predict(network, objective, inputs, scored.to(device), training.mirror).cpu()
+        predictions = [
+            answers(samples.iloc[scored.numpy()], ["sample_id", "fold"], target, part.numpy())
+            for target, part in zip(learned, objective.split(probabilities), strict=True)
+        ]
+        _write(root, model, fold, learned, predictions, fitted, fold_key(params, model, fold, root))
     checkpoint.unlink(missing_ok=True)
-    scores = headlines(codes.numpy()[scored.numpy()], probabilities)
+    truth = codes[scored]
     say(
-        f"train {model} fold {fold}: weighted F1 {scores['f1_weighted']:.4f}, accuracy {scores['accuracy']:.4f} "
-        f"on {len(scored):,} samples (epoch {fitted.best_epoch} of {len(fitted.history)})"
+        f"train {model} fold {fold}: weighted F1 {objective.score(probabilities, truth):.4f}, "
+        f"accuracy {objective.accuracy(probabilities, truth):.4f} on {len(scored):,} samples "
+        f"(epoch {fitted.best_epoch} of {len(fitted.history)})"
     )
 
 
@@ -116,8 +126,13 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
     return (Features(values) if kinds == {"features"} else Pixels(values)), samples, "-".join(versions)
 
 
+def codes_of(targets: Sequence[Target], samples: pd.DataFrame) -> torch.Tensor:
+    """What each sample is, int64 (n, k), in the columns of `Objective`."""
+    return torch.from_numpy(np.column_stack([target.codes(samples) for target in targets]))
+
+
 def divide(
-    samples: pd.DataFrame, fold: int, inner_fraction: float, seed: int
+    samples: pd.DataFrame, targets: Sequence[Target], fold: int, inner_fraction: float, seed: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Rows to learn from, rows of the inner part, rows of the scored fold: disjoint, int64; the holdout is in none.
 
@@ -133,28 +148,60 @@ def divide(
     others = samples[(numbers != fold) & (numbers >= 0)]
     # One row stands for its group, so that near copies never sit on both sides.
     first = others.drop_duplicates("group")
-    sizes = first["label"].map(first["label"].value_counts())
-    divisible = first[sizes >= 2]
-    n_classes = divisible["label"].nunique()
-    n_inner = min(max(round(inner_fraction * len(first)), n_classes), len(divisible) - n_classes)
+    strata = _strata(first, targets, inner_fraction)
+    strata = strata[strata.map(strata.value_counts()) >= 2]
+    n_inner = min(max(round(inner_fraction * len(first)), strata.nunique()), len(strata) - strata.nunique())
     if n_inner < 1:
         raise PleatError(
             f"Fold {fold} leaves too few samples to set an inner part aside; use fewer folds or more data."
         )
     splitter = StratifiedShuffleSplit(1, test_size=n_inner, random_state=seed)
-    _, chosen = next(splitter.split(divisible, divisible["label"]))
-    inside = others["group"].isin(set(divisible["group"].iloc[chosen])).to_numpy()
+    _, chosen = next(splitter.split(strata, strata))
+    inside = others["group"].isin(set(first["group"].loc[strata.index[chosen]])).to_numpy()
     learn, inner = others.index.to_numpy()[~inside], others.index.to_numpy()[inside]
     return torch.from_numpy(learn), torch.from_numpy(inner), torch.from_numpy(scored)
 
 
-def build_network(settings: Model, training: Training, inputs: Inputs, n_classes: int) -> torch.nn.Module:
+def _strata(rows: pd.DataFrame, targets: Sequence[Target], inner_fraction: float) -> pd.Series:
+    """What the inner part takes its share of: each class, or each combination of labels.
+
+    Combinations that are too rare for one sample in the inner part are one stratum, so that several targets with many
+    classes do not force their rarest combinations into it.
+    """
+    columns = list(dict.fromkeys(column for target in targets for column in target.columns))
+    strata = rows.groupby(columns).ngroup()
+    if len(columns) == 1:
+        return strata
+    return strata.where(strata.map(strata.value_counts()) * inner_fraction >= 1, -1)
+
+
+def _absent(target: Target, rows: pd.DataFrame) -> list[str]:
+    """The target's classes that none of the rows has."""
+    return sorted(set(target.classes) - set(rows[target.columns].to_numpy(dtype=object).ravel()))
+
+
+def build_objective(training: Training, targets: Sequence[Target]) -> Objective:
+    """What the network is trained for: all targets, by the loss of params.yaml."""
+    outputs = tuple(Output(target.multilabel, len(target.classes)) for target in targets)
+    return Objective(outputs, _criterion(training), training.class_weights)
+
+
+def _criterion(training: Training) -> Loss:
+    loss = training.loss
+    if loss.kind == "focal":
+        return Focal(loss.gamma)
+    if loss.kind == "asymmetric":
+        return Asymmetric(loss.gamma_positive, loss.gamma_negative, loss.margin)
+    return CrossEntropy(training.label_smoothing)
+
+
+def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs: int) -> torch.nn.Module:
     """The network that is trained: a head for frozen features, the whole CNN for pixels."""
     head = training.head
     if isinstance(settings, CustomCnn):
         blocks = [(block.filters, block.kernel, block.pool) for block in settings.blocks]
-        return CustomCnnNetwork(blocks, n_classes, head.hidden, head.dropout)
-    return Head(inputs.values.shape[-1], n_classes, head.hidden, head.dropout)
+        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout)
+    return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
 
 
 def schedule(training: Training, seed: int, n_epochs: int | None = None) -> Schedule:
@@ -166,32 +213,36 @@ def schedule(training: Training, seed: int, n_epochs: int | None = None) -> Sche
         batch_size=training.batch_size,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        label_smoothing=training.label_smoothing,
-        balanced=training.class_weights == "balanced",
         weight_average=training.weight_average,
         mirror=training.mirror,
         seed=seed,
     )
 
 
+def answers(rows: pd.DataFrame, keys: list[str], target: Target, probabilities: np.ndarray) -> pd.DataFrame:
+    """The columns `keys` of the rows, then `label` as `Target.labels` and p:CLASS from probabilities (n, n_classes)."""
+    columns = {f"p:{name}": probabilities[:, code] for code, name in enumerate(target.classes)}
+    known = rows[keys].assign(label=target.labels(rows)).reset_index(drop=True)
+    return pd.concat([known, pd.DataFrame(columns)], axis=1)
+
+
 def _write(
     root: Path,
     model: str,
     fold: int,
-    scored: pd.DataFrame,
-    classes: list[str],
-    probabilities: np.ndarray,
+    learned: Sequence[Target],
+    predictions: Sequence[pd.DataFrame],
     fitted: Fitted,
     key: str,
 ) -> None:
-    columns = {f"p:{name}": probabilities[:, code] for code, name in enumerate(classes)}
-    keys = scored[["sample_id", "fold", "label"]].reset_index(drop=True)
     with atomic_folder(root / "data" / "train" / model / f"fold_{fold}") as out:
         state = {name: tensor.cpu().contiguous() for name, tensor in fitted.state.items()}
+        classes = {target.name: target.classes for target in learned}
         # One metadata key only: safetensors does not keep the order of several, and the bytes must not vary.
         metadata = {"pleat": json.dumps({"classes": classes, "model": model, "fold": fold})}
         (out / "weights.safetensors").write_bytes(save(state, metadata))
-        write_parquet(out / "predictions.parquet", pd.concat([keys, pd.DataFrame(columns)], axis=1))
+        for target, frame in zip(learned, predictions, strict=True):
+            write_parquet(out / "predictions" / f"{target.name}.parquet", frame)
         write_csv(out / "history.csv", pd.DataFrame([asdict(epoch) for epoch in fitted.history]))
         about = {"best_epoch": fitted.best_epoch, "epochs": len(fitted.history), "key": key}
         write_json(out / "metrics.json", about)

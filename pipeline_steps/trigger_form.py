@@ -76,7 +76,7 @@ def document(root: Path, conf: Mapping[str, Any]) -> str:
             donor = _read(root, next(other for other in recipes if _defines(recipes[other], name)))
             settings["models"][name], training[name] = donor["models"][name], donor["training"][name]
     experiment["models"] = names or experiment["models"]
-    if folds is not None:
+    if folds is not None and not settings["split"]["given"]:
         experiment["folds"] = _whole_number("folds", folds, form["folds"])
     if epochs is not None:
         for name in experiment["models"]:
@@ -160,7 +160,7 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
             "default": None,
             "title": "Folds",
             "description": f"Number of folds of the cross-validation, {FEWEST_FOLDS} to {MOST_FOLDS}; empty: as in the "
-            "recipe.",
+            "recipe. A recipe that takes the data set's own lists for train and val keeps its one.",
             "type": ["integer", "null"],
             "minimum": FEWEST_FOLDS,
             "maximum": MOST_FOLDS,
@@ -235,7 +235,8 @@ def _help(keys: Iterable[Key]) -> str:
 def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
     """Every key that may be overridden, with the JSON schema of its values."""
     keys = dict(_leaves(Params.model_json_schema()))
-    keys = {key: schema for key, schema in keys.items() if key[0] != "inbox"}  # which runs do not look at
+    # Runs do not look at the inbox; the number of folds depends on `split.given`.
+    keys = {key: schema for key, schema in keys.items() if key[0] != "inbox" and key != ("split", "given")}
     for name in _models(recipes):
         definitions = [each.models[name] for each in recipes.values() if name in each.models]
         # Where recipes mean different kinds of model by one name, only what all kinds share can be changed.

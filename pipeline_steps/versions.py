@@ -16,7 +16,10 @@ EXPERIMENT = "pleat"  # in MLflow
 LOCAL_STORE = "sqlite:///mlflow.db"  # where MLFLOW_TRACKING_URI is not set
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 RUN = Path(".pleat/run.json")  # in the workspace of an Airflow run: what the run is
-TRAINING_CODE = ("train.py", "vision/engine.py", "vision/inputs.py", "vision/networks.py", "vision/optimizer.py")
+TRAINING_CODE = (
+    "targets.py", "train.py", "vision/engine.py", "vision/inputs.py", "vision/losses.py", "vision/networks.py",
+    "vision/objective.py", "vision/optimizer.py",
+)  # fmt: skip
 CODE = Path(__file__).parent
 
 
@@ -79,7 +82,8 @@ def fold_key(params: Params, model: str, fold: int, root: Path = Path()) -> str:
     Needs the inputs of the fold's training; a trained fold carries its key with it, in metrics.json.
     """
     experiment, data = params.experiment, root / "data"
-    settings = (params.models[model].model_dump(), params.training[model].model_dump())
+    targets = {name: target.model_dump() for name, target in params.targets.items()}
+    settings = (targets, params.models[model].model_dump(), params.training[model].model_dump())
     code = [(CODE / name).read_bytes() for name in TRAINING_CODE]
     inputs = [(data / "prepare" / model / batch / "inputs.json").read_bytes() for batch in experiment.batches]
     folds = (data / "split" / "folds.parquet").read_bytes()

@@ -44,7 +44,7 @@ inbox:
 """
 TEST_DATA = Path(os.environ.get("PLEAT_TEST_DATA", "../shared"))
 PLEAT = [sys.executable, "-c", "from pipeline_steps.cli import main; main()"]
-MANIFEST_COLUMNS = ["sample_id", "width", "height", "n_bytes", "phash", "source_path", "label", "sender_id", "batch"]
+MANIFEST_COLUMNS = ["sample_id", "width", "height", "n_bytes", "phash", "source_path", "sender_id", "given", "batch"]
 
 
 def document(overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -105,7 +105,7 @@ def write_batch(
 
 
 def write_ingested(root: Path, batch: str, rows: list[dict[str, Any]], quarantine: list[dict[str, str]] = []) -> None:  # noqa: B006
-    """Writes what `ingest` leaves of a batch, without images; a row gives what matters, the rest is filled in."""
+    """Writes what `ingest` leaves of a batch, without images; a row gives labels and what matters besides them."""
     filled = [
         {
             "sample_id": f"{batch}{number}".encode().hex().rjust(64, "0"),
@@ -115,6 +115,7 @@ def write_ingested(root: Path, batch: str, rows: list[dict[str, Any]], quarantin
             "phash": "0" * 16,
             "source_path": f"images/{number}.jpg",
             "sender_id": "",
+            "given": "",
             "batch": batch,
             **row,
         }
@@ -122,7 +123,8 @@ def write_ingested(root: Path, batch: str, rows: list[dict[str, Any]], quarantin
     ]
     folder = root / "data" / "ingest" / batch
     folder.mkdir(parents=True)
-    pd.DataFrame(filled, columns=MANIFEST_COLUMNS).to_parquet(folder / "manifest.parquet", index=False)
+    labels = [column for column in (rows[0] if rows else ["label"]) if column not in MANIFEST_COLUMNS]
+    pd.DataFrame(filled, columns=[*MANIFEST_COLUMNS, *labels]).to_parquet(folder / "manifest.parquet", index=False)
     left_out = [{"batch": batch, "detail": "", **row} for row in quarantine]
     columns = ["batch", "source_path", "label", "reason", "detail"]
     pd.DataFrame(left_out, columns=columns, dtype="str").to_parquet(folder / "quarantine.parquet", index=False)

@@ -19,10 +19,14 @@ from pipeline_steps import package
 from pipeline_steps.ingest import PACK_SCHEMA
 from pipeline_steps.params import Params
 from pipeline_steps.serving import TRAINED_ON
+from pipeline_steps.targets import Target
 
 CLASSES = ["blue", "green", "red"]
 COLOURS = {"blue": (20, 20, 220), "green": (20, 220, 20), "red": (220, 20, 20)}
 CHANNEL = {"red": 0, "green": 1, "blue": 2}
+LABEL = Target("label", False, ["label"], CLASSES)
+# What else the models can be asked for, by the same three outputs.
+TAGS = Target("tags", True, ["label"], CLASSES)
 # A busy machine makes equal models differ in time, but not by that much.
 SETTINGS = {"experiment.models": ["cnn_tiny"], "experiment.folds": [0, 1], "promotion.max_cost.latency": 5.0}
 
@@ -55,6 +59,17 @@ class Colour(nn.Module):
         for _ in range(self.work):
             extra = extra @ self.load
         return logits + 0.0 * extra.mean()
+
+
+class Beside(nn.Module):
+    """One of them for each target; logits of wrong classes are negative, so that their sigmoids are near 0."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return torch.cat([part(pixels) - 4 for part in self.parts], dim=1)
 
 
 def image(label: str, number: int, strength: float = 1.0) -> bytes:
@@ -101,23 +116,32 @@ def make(root: Path, a_class: int = 20, weak: int = 0) -> pd.DataFrame:
     return frame
 
 
-def put_model(root: Path, rows: pd.DataFrame, network: nn.Module, trained_on: Sequence[str] = ()) -> str:
-    """Makes `network` the refitted model; returns its package's digest."""
+def put_model(
+    root: Path,
+    rows: pd.DataFrame,
+    network: nn.Module,
+    trained_on: Sequence[str] = (),
+    targets: Sequence[Target] = (LABEL,),
+) -> str:
+    """Makes `network` the refitted model, with three outputs for each target; returns its package's digest."""
     folder = root / "data" / "refit" / "package"
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     about = {
-        "model": "cnn_tiny", "classes": {"label": CLASSES}, "max_pixels": 10**7, "data_version": "sample=1.dir",
+        "model": "cnn_tiny", "max_pixels": 10**7, "data_version": "sample=1.dir",
         "preprocessing": {"resize": 16, "crop": 16, "interpolation": "bilinear"},
     }  # fmt: skip
-    package.write(folder, package.Answering(network, mirror=False), 16, about, image("red", 1000))
+    package.write(folder, package.Answering(network, targets, mirror=False), 16, about, image("red", 1000))
     (folder / TRAINED_ON).write_text("".join(f"{name}\n" for name in trained_on))
     digest = package.digest(folder)
     metrics = {"model": "cnn_tiny", "epochs": 3, "n_train": 100, "n_holdout": len(rows), "package": digest}
     metrics["holdout"] = hashlib.sha256("".join(rows["sample_id"] + rows["label"]).encode()).hexdigest()
     (root / "data" / "refit" / "metrics.json").write_text(json.dumps(metrics))
-    rows.to_parquet(root / "data" / "refit" / "holdout.parquet")
+    (root / "data" / "refit" / "holdout").mkdir(exist_ok=True)
+    for target in targets:
+        table = rows.assign(label=target.labels(rows))
+        table.to_parquet(root / "data" / "refit" / "holdout" / f"{target.name}.parquet")
     return digest
 
 

@@ -1,6 +1,7 @@
 """A workspace in which all that `refit` reads exists: images ingested and prepared, folds and their scores made up.
 
-Every fourth image is of the holdout; the folds chose `BEST_EPOCHS`.
+Every fourth image is of the holdout; the folds chose `BEST_EPOCHS`. With `TARGETS` a label such as red_hat stands for
+the columns colour and garment.
 """
 
 import csv
@@ -15,9 +16,10 @@ from PIL import Image
 
 from pipeline_steps import ingest, prepare, profile
 from pipeline_steps.files import write_json
-from pipeline_steps.metrics import HEADLINES
+from pipeline_steps.metrics import HEADLINES, MULTILABEL_SCORES
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
+from pipeline_steps.targets import label_columns
 
 MODEL, BATCH = "chosen", "batch"
 BEST_EPOCHS = [2, 6, 3]  # of the folds; the median is neither the mean nor the last
@@ -26,13 +28,22 @@ CLASSES = ["<script>alert(1)</script>", "Hat|Cap", "Pants"]
 TINTS = dict(zip(CLASSES, [(220, 30, 30), (30, 200, 40), (40, 40, 230)], strict=True))
 TRAINING = {
     "head": {"hidden": 0, "dropout": 0.1}, "max_epochs": 8, "patience": 8, "inner_fraction": 0.2, "batch_size": 8,
-    "learning_rate": 0.02, "weight_decay": 0.01, "label_smoothing": 0.0, "class_weights": "balanced",
-    "weight_average": 0.5, "mirror": True,
+    "learning_rate": 0.02, "weight_decay": 0.01, "loss": {"kind": "cross_entropy"}, "label_smoothing": 0.0,
+    "class_weights": "balanced", "weight_average": 0.5, "mirror": True,
 }  # fmt: skip
 CNN = {
     "kind": "custom_cnn", "input_size": 32,
     "blocks": [{"filters": 8, "kernel": 3, "pool": 2}, {"filters": 12, "kernel": 3, "pool": 2}],
 }  # fmt: skip
+# In another order than that of their names, and the multilabel one in the middle.
+TARGETS: dict[str, Any] = {
+    "garment": {"kind": "multiclass"},
+    "tags": {"kind": "multilabel", "of": ["garment", "colour"]},
+    "colour": {"kind": "multiclass"},
+}
+COLOURS = {"blue": (40, 40, 230), "green": (30, 200, 40), "red": (220, 30, 30)}
+GARMENTS = {"hat": (0, 32), "shoe": (32, 64)}  # which rows of the picture are bright
+TAGS = sorted([*COLOURS, *GARMENTS])
 QUARANTINED = {"undecodable": 3, "dropped label": 1307}
 
 
@@ -48,6 +59,20 @@ def drawn(n: int = 48) -> dict[str, tuple[str, bytes]]:
         label = CLASSES[(0, 1, 2, 0)[number % 4]]  # so that weighted and macro scores differ
         tinted = Image.blend(draw(number), Image.new("RGB", (48, 64), TINTS[label]), 0.25)
         images[f"{number:03d}"] = (label, encode(tinted, quality=90))
+    return images
+
+
+def drawn_with_targets(n: int = 72) -> dict[str, tuple[str, bytes]]:
+    """Images of a colour that are bright above or below."""
+    images = {}
+    for number in range(n):
+        colour, garment = list(COLOURS)[number % 3], list(GARMENTS)[number // 3 % 2]
+        tinted = Image.blend(draw(number), Image.new("RGB", (48, 64), COLOURS[colour]), 0.35)
+        first, last = GARMENTS[garment]
+        tinted.paste(
+            Image.blend(tinted, Image.new("RGB", (48, 64), "white"), 0.6).crop((0, first, 48, last)), (0, first)
+        )
+        images[f"{number:03d}"] = (f"{colour}_{garment}", encode(tinted, quality=90))
     return images
 
 
@@ -80,14 +105,18 @@ def make(root: Path, params: Params, images: Mapping[str, tuple[str, bytes]]) ->
     assert len(rows) == len(images)
     rows["group"] = rows["sample_id"]
     place = rows.groupby("label").cumcount()
+    if "colour" in label_columns(params.targets):
+        rows[["colour", "garment"]] = rows.pop("label").str.split("_", expand=True)
     rows["side"] = np.where(place % 4 == 3, "holdout", "train")
     rows["fold"] = np.where(rows["side"] == "train", place % 3, -1)
     (root / "data" / "split").mkdir(parents=True)
     write_folds(root, lambda _: rows)
     for fold, best in enumerate(BEST_EPOCHS):
-        write_json(root / "data" / "train" / MODEL / f"fold_{fold}" / "metrics.json", {"best_epoch": best, "epochs": 8})
+        about = {"best_epoch": best, "epochs": 8, "key": f"key of fold {fold}"}
+        write_json(root / "data" / "train" / MODEL / f"fold_{fold}" / "metrics.json", about)
     spread = {"mean": 0.8, "std": 0.04, "ci95_low": 0.7, "ci95_high": 0.9, "folds": [0.76, 0.8, 0.84], "pooled": 0.8}
     scores = dict.fromkeys(HEADLINES, spread) | {"n_samples": 36, "n_classes": 3, "epochs": BEST_EPOCHS}
+    scores["targets"] = {name: dict.fromkeys(MULTILABEL_SCORES, spread) for name in params.targets}
     write_json(root / "data" / "evaluate" / MODEL / "metrics.json", scores)
     write_json(root / "data" / "validate" / "counts.json", {"quarantine": QUARANTINED})
     write_json(root / "data" / "compare" / "chosen.json", {"model": MODEL})
@@ -112,9 +141,9 @@ def encoded_images(root: Path, sample_ids: Sequence[str]) -> list[bytes]:
     return [found[sample_id] for sample_id in sample_ids]
 
 
-def holdout(root: Path) -> pd.DataFrame:
+def holdout(root: Path, target: str = "label") -> pd.DataFrame:
     """What refit answered on the holdout."""
-    return pd.read_parquet(root / "data" / "refit" / "holdout.parquet")
+    return pd.read_parquet(root / "data" / "refit" / "holdout" / f"{target}.parquet")
 
 
 def probabilities(rows: pd.DataFrame) -> np.ndarray:

@@ -162,7 +162,7 @@ def test_retraining_uses_the_new_data_and_the_same_holdout(shop: Served, first_r
 
 def test_the_gate_judged_both_on_rows_that_neither_learned_from(shop: Served, second_run: str, tmp_path: Path) -> None:
     verdict = pd.read_json(shop.workspace(second_run) / "reports" / "registration" / "verdict.json", typ="series")
-    holdout = pd.read_parquet(shop.workspace(second_run) / "data" / "refit" / "holdout.parquet")
+    holdout = pd.read_parquet(shop.workspace(second_run) / "data" / "refit" / "holdout" / "label.parquet")
     assert verdict["evidence"]["n_rows"] == len(holdout)
     for version in ("1", "2"):
         (tmp_path / version).mkdir()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic_run as synthetic
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from matplotlib.transforms import Bbox
 from PIL import Image
 
-from pipeline_steps import compare, evaluate, metrics, pages, plots_compare
+from pipeline_steps import compare, evaluate, metrics
 from pipeline_steps.errors import PleatError
 from pipeline_steps.evaluate import number_or_none
 from pipeline_steps.files import read_json, write_json
@@ -29,22 +27,35 @@ def put(
     macs: int = 10**8,
     n_samples: int = 500,
     classes: tuple[str, ...] = ("a", "b"),
+    targets: Mapping[str, float] = {"label": 0.0},
 ) -> None:
-    """What evaluate and profile leave for one model; every headline score gets the same folds."""
+    """What evaluate and profile leave for one model; every headline score gets the same folds.
+
+    A target's scores are shifted by the number beside its name.
+    """
+    of_target = {name: scores([fold + by for fold in folds], n_samples, len(classes)) for name, by in targets.items()}
+    n_classes = len(classes) * len(targets)
+    means = [fold + float(np.mean(list(targets.values()))) for fold in folds]
+    summary = scores(means, n_samples, n_classes) | {"epochs": [3] * len(folds), "targets": of_target}
+    write_json(root / "data" / "evaluate" / model / "metrics.json", summary)
+    write_json(root / "data" / "profile" / f"{model}.json", {"params": 2_300_000, "macs": macs, "input_size": 224})
+    folder = root / "reports" / "models" / model
+    for name, found in of_target.items():
+        table = pd.DataFrame({"class": classes, "support": range(10, 10 + len(classes))})
+        place = folder / name if len(targets) > 1 else folder
+        place.mkdir(parents=True)
+        table.assign(f1_mean=found["f1_macro"]["mean"]).to_csv(place / "per_class.csv", index=False)
+
+
+def scores(folds: list[float], n_samples: int, n_classes: int) -> dict[str, Any]:
     spread = metrics.spread(folds)
     score = {key: number_or_none(getattr(spread, key)) for key in ("mean", "std", "ci95_low", "ci95_high")}
     score |= {"pooled": score["mean"], "folds": folds}
-    summary: dict[str, Any] = {"n_samples": n_samples, "n_classes": len(classes), "epochs": [3] * len(folds)}
-    write_json(root / "data" / "evaluate" / model / "metrics.json", summary | dict.fromkeys(metrics.HEADLINES, score))
-    write_json(root / "data" / "profile" / f"{model}.json", {"params": 2_300_000, "macs": macs, "input_size": 224})
-    table = pd.DataFrame({"class": classes, "support": range(10, 10 + len(classes)), "f1_mean": spread.mean})
-    folder = root / "reports" / "models" / model
-    folder.mkdir(parents=True)
-    table.to_csv(folder / "per_class.csv", index=False)
+    return {"n_samples": n_samples, "n_classes": n_classes, **dict.fromkeys(metrics.HEADLINES, score)}
 
 
-def run(root: Path, *models: str, n_folds: int = 5) -> pd.DataFrame:
-    return compare.run(synthetic.params(models, n_folds), root)
+def run(root: Path, *models: str, n_folds: int = 5, targets: Mapping[str, Any] = synthetic.ONE) -> pd.DataFrame:
+    return compare.run(synthetic.params(models, n_folds, targets), root)
 
 
 def shifted(by: float) -> list[float]:
@@ -106,6 +117,71 @@ def test_one_model_alone(tmp_path: Path) -> None:
     assert "1 model on 500 images" in page
 
 
+TWO = {"colour": 0.1, "garment": -0.1}
+
+
+def test_several_targets_are_averaged_and_shown_one_by_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a", STEADY, targets=TWO)
+    put(tmp_path, "b", shifted(-0.05), targets=TWO)
+    board = run(tmp_path, "b", "a", targets=synthetic.TWO)
+    np.testing.assert_allclose(board["f1_weighted"], [0.70, 0.65])
+    table = pd.read_csv(tmp_path / "data" / "compare" / "targets.csv")
+    assert list(table) == ["model", "target", "f1_weighted", "accuracy"]
+    found = {(row.model, row.target): row.f1_weighted for row in table.itertuples()}
+    assert found == pytest.approx(
+        {("a", "colour"): 0.80, ("a", "garment"): 0.60, ("b", "colour"): 0.75, ("b", "garment"): 0.55}
+    )
+    reason = read_json(tmp_path / "data" / "compare" / "chosen.json")["reason"]
+    assert reason.startswith("a has the highest mean weighted F1 of 2 models over 2 targets and 5 folds (0.700, 95%")
+    shown = capsys.readouterr().out
+    compare.show(tmp_path)
+    assert capsys.readouterr().out == shown
+    assert "Leaderboard: mean of 2 targets, mean over folds" in shown
+    assert re.search(r"target +a +b *\n", shown)
+    assert re.search(r"colour +0\.800 / 0\.800 +0\.750 / 0\.750", shown)
+    assert re.search(r"garment +0\.600 / 0\.600 +0\.550 / 0\.550", shown)
+    page = (tmp_path / "reports" / "index.html").read_text()
+    assert "500 images of\n4 classes in 2 targets" in page
+    assert "Scores are means of the 2 targets, fold by fold." in page
+    heat = re.findall(r'scope="row">(\w+)</th><td style="[^"]*">(.*?)</td><td style="[^"]*">(.*?)</td>', page)
+    assert heat == [("colour", "0.800", "0.750"), ("garment", "0.600", "0.550")] * 2  # weighted F1, accuracy
+
+
+def test_classes_of_one_name_in_two_targets_stay_apart(tmp_path: Path) -> None:
+    put(tmp_path, "a", STEADY, classes=("other", "red"), targets=TWO)
+    run(tmp_path, "a", targets=synthetic.TWO)
+    page = (tmp_path / "reports" / "index.html").read_text()
+    row = r'<th class="name short">(\w+)</th><th class="name" scope="row">(\w+)</th><th>(\d+)</th><td [^>]*>(.*?)</td>'
+    assert re.findall(row, page) == [
+        ("colour", "red", "11", "0.80"),
+        ("colour", "other", "10", "0.80"),
+        ("garment", "red", "11", "0.60"),
+        ("garment", "other", "10", "0.60"),
+    ]
+
+
+@pytest.mark.parametrize("models", [["a"], ["a", "b"]])
+def test_one_fold_has_no_spread(tmp_path: Path, models: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    put(tmp_path, "a", [0.7])
+    put(tmp_path, "b", [0.6], macs=10**6)
+    run(tmp_path, *models, n_folds=1)
+    reason = read_json(tmp_path / "data" / "compare" / "chosen.json")["reason"]
+    page = (tmp_path / "reports" / "index.html").read_text()
+    if models == ["a"]:
+        assert reason == "a is the only model that ran; its weighted F1 over one fold is 0.700."
+    else:
+        assert reason == (
+            "a has the highest weighted F1 of 2 models over one fold (0.700). It leads b by 0.100. "
+            "From one fold nobody can tell how sure that is. b needs only 1% of the MACs."
+        )
+        assert "a leads, though not clearly" in page
+    shown = capsys.readouterr().out
+    assert "Leaderboard: one fold" in shown
+    for text in (shown, re.sub(r'"data:[^"]*"', "", page)):
+        assert not re.search(r"\bnan\b|None", text)
+    assert re.search(r'<td>\s*0\.700 <span class="soft">± —</span>\s*</td>\s*<td>\s*—\s*</td>', page)
+
+
 def test_terminal_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     put(tmp_path, "a_model_with_quite_a_long_name", STEADY, macs=299_500_000)
     put(tmp_path, "b", shifted(-0.1), macs=4_460_000_000)
@@ -146,7 +222,7 @@ def test_page_links_only_to_what_exists_and_shows_the_counts(tmp_path: Path) -> 
         (reports / path).parent.mkdir(parents=True, exist_ok=True)
         (reports / path).write_text("here")
     counts = {
-        "labels": {"b": 11, "<script>": 10},
+        "labels": {"label": {"b": 11, "<script>": 10}},
         "dropped": {"Not sure": {"samples": 220, "rows_without_image": 8}},
         "quarantine": {},
         "samples": 500,
@@ -183,9 +259,26 @@ def test_models_scored_on_different_data(tmp_path: Path) -> None:
     put(tmp_path, "b", STEADY, n_samples=400)
     with pytest.raises(PleatError, match=r"a was scored on 500 samples, but b on 400: .* Run `dvc repro`"):
         run(tmp_path, "a", "b")
+    put(tmp_path, "other_targets", STEADY, targets=TWO)
+    with pytest.raises(
+        PleatError, match=r"other_targets was scored on the targets colour, garment, but .* lists label;"
+    ):
+        run(tmp_path, "a", "other_targets")
     put(tmp_path, "c", STEADY[:4])
     with pytest.raises(PleatError, match=r"c was scored on 4 folds, but params\.yaml lists 5; run `dvc repro`"):
         run(tmp_path, "a", "c")
+
+
+def test_two_targets_behind_evaluate(tmp_path: Path) -> None:
+    folds = synthetic.make_data(tmp_path, synthetic.APPAREL)
+    synthetic.make_model(tmp_path, "net", folds, synthetic.APPAREL, synthetic.TWO)
+    summary = evaluate.run(synthetic.params(["net"], targets=synthetic.TWO), "net", tmp_path)
+    board = run(tmp_path, "net", n_folds=3, targets=synthetic.TWO)
+    assert board["accuracy"].tolist() == [summary["accuracy"]["mean"]]
+    table = pd.read_csv(tmp_path / "data" / "compare" / "targets.csv", index_col="target")
+    assert table["accuracy"].to_dict() == pytest.approx(
+        {name: summary["targets"][name]["accuracy"]["mean"] for name in synthetic.TWO}, rel=1e-5
+    )
 
 
 def test_behind_evaluate_and_twice_the_same_bytes(tmp_path: Path) -> None:
@@ -221,63 +314,3 @@ def test_many_models_are_drawn(tmp_path: Path) -> None:
     for name in ("quality_against_macs", "f1_by_fold"):
         with Image.open(tmp_path / "reports" / f"{name}.png") as image:
             assert image.width > 1000
-
-
-@given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9))
-def test_pareto_front_by_definition(models: list[tuple[int, int]]) -> None:
-    front = plots_compare.pareto_front([macs for macs, _ in models], [score for _, score in models])
-    beaten = {
-        (macs, score)
-        for macs, score in models
-        if any(m <= macs and s >= score and (m, s) != (macs, score) for m, s in models)
-    }
-    assert {models[place] for place in front} == set(models) - beaten
-    assert [models[place] for place in front] == sorted(models[place] for place in front)
-
-
-@given(st.integers(0, 2**32 - 1), st.integers(1, 12))
-@settings(max_examples=25, deadline=None)
-def test_labels_cover_neither_each_other_nor_the_points(seed: int, n: int) -> None:
-    rng = np.random.default_rng(seed)
-    points = rng.uniform([250, 100], [1000, 600], (n, 2))
-    sizes = np.column_stack([rng.uniform(60, 160, n), np.full(n, 20.0)])
-    inside = Bbox([[0, 0], [1250, 700]])
-    offsets = plots_compare.free_places(points, sizes, [], inside)
-    centres = points + np.array(offsets)
-    for one in range(n):
-        assert (np.abs(centres[one] - [625, 350]) <= [625.1, 350.1] - sizes[one] / 2).all()
-        for other in range(n):
-            apart = np.abs(centres[one] - centres[other]) - (sizes[one] + sizes[other]) / 2
-            assert one == other or apart.max() > -1e-6
-            assert (np.abs(centres[one] - points[other]) - sizes[one] / 2).max() > 0
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
-def test_ladders_keep_their_order_and_distance(heights: list[float]) -> None:
-    moved = plots_compare._apart(heights, gap=0.1)
-    order = sorted(range(len(heights)), key=lambda place: heights[place])
-    assert (np.diff([moved[place] for place in order]) >= 0.1 - 1e-9).all()
-    assert np.mean(moved) == pytest.approx(np.mean(heights))
-
-
-@pytest.mark.parametrize(
-    ("count", "text"),
-    [(0, "0"), (999, "999"), (1000, "1 k"), (19_400_000, "19.4 M"), (999_900_000, "1 G"), (4.46e9, "4.46 G")],
-)
-def test_units(count: float, text: str) -> None:
-    assert plots_compare.with_unit(count) == text
-
-
-def test_heat_map_letters_stay_readable() -> None:
-    """WCAG contrast of at least 3.5 between letters and cell, over the whole scale."""
-
-    def luminance(colour: list[int]) -> float:
-        linear = [value / 255 / 12.92 if value <= 10 else ((value / 255 + 0.055) / 1.055) ** 2.4 for value in colour]
-        return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-    for value in np.linspace(0, 1, 101):
-        cell, letters = pages._heat(value).split("; color: ")
-        cell_light = luminance([int(number) for number in re.findall(r"\d+", cell)])
-        letter_light = luminance([255] * 3 if letters == "#fff" else [0x1F, 0x23, 0x28])
-        light, dark = max(cell_light, letter_light), min(cell_light, letter_light)
-        assert (light + 0.05) / (dark + 0.05) >= 3.5

@@ -37,7 +37,7 @@ def test_a_folder_becomes_a_tracked_and_listed_batch(
         )
     ]
     said = capsys.readouterr().out
-    assert "data/raw/clothing: 3 labelled images of 2 labels (clothing_csv)" in said
+    assert "data/raw/clothing: 3 labelled images, classes: 2 of label (clothing_csv)" in said
     assert "2 rows have no image or no label" in said
     assert "1 images have no row" in said
     assert "uses sample, clothing; for clothing alone: `pleat use sample --set 'experiment.batches=[clothing]'`" in said
@@ -67,9 +67,35 @@ def test_a_zip_that_a_recipe_lists_already_in_a_format_that_the_pipeline_would_n
     assert (project / "params.yaml").read_text() == text
     assert (project / "data" / "raw" / "clothing" / "Hat" / "x.jpg").is_file()
     said = capsys.readouterr().out
-    assert "3 labels (class_folders)" in said
+    assert "classes: 3 of label (class_folders)" in said
     assert "the pipeline would read it as clothing_csv; set `ingest.format: class_folders`" in said
     assert "The experiment now uses" not in said
+
+
+def test_a_set_with_two_label_columns(project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "garments"
+    for name in ("black_dress/a.jpg", "black_shoes/b.jpg", "red_dress/c.jpg", "red_hat/d.jpg", "loose.jpg"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes(name.encode())
+    data_add.add(str(source), "new", root=project)
+    said = capsys.readouterr().out
+    assert "data/raw/new: 4 labelled images, classes: 2 of colour, 3 of garment (colour_garment)" in said
+    assert "1 images have no row" in said
+
+
+def test_folders_that_the_pipeline_would_read_as_colours(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The reader of colour_garment refuses such a set; what the pipeline would do is said, and the add stands."""
+    for name in ("black_bear/a.jpg", "brown_bear/b.jpg", "polar_bear/c.jpg"):
+        (tmp_path / "bears" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "bears" / name).write_bytes(name.encode())
+    with pytest.raises(PleatError, match=r"bears/polar_bear: expected a folder called COLOUR_GARMENT"):
+        data_add.add(str(tmp_path / "bears"), "new", root=project)
+    data_add.add(str(tmp_path / "bears"), "new", "class_folders", project)
+    said = capsys.readouterr().out
+    assert "classes: 3 of label (class_folders)" in said
+    assert "the pipeline would read it as colour_garment; set `ingest.format: class_folders` in params.yaml" in said
 
 
 @pytest.mark.parametrize(
@@ -102,7 +128,7 @@ def test_sources_that_are_no_data_set_leave_nothing(
     with pytest.raises(PleatError, match="nothing holds no data set that Pleat knows") as caught:
         data_add.add(str(tmp_path / "nothing"), "new", root=project)
     assert ".adding" not in str(caught.value)
-    with pytest.raises(PleatError, match="one of auto, clothing_csv, class_folders, but got 'coco'"):
+    with pytest.raises(PleatError, match=r"one of auto, clothing_csv, .*, but got 'coco'"):
         data_add.add(str(clothes), "new", "coco", project)
     shutil.rmtree(clothes / "images")
     with pytest.raises(PleatError, match=r"has 5 rows of labels and 0 other images, but no image with a label"):
@@ -128,7 +154,7 @@ def test_a_list_that_cannot_be_added_to_is_found_out_before_the_copy(project: Pa
     text = (project / "params.yaml").read_text().replace("batches: [sample] ", "batches: *names ")
     text = text.replace("  drop: [Not sure, Other, Others, Skip] ", "  drop: &names [sample] ")
     blocks = text.split("\n\n")
-    text = "\n\n".join([*blocks[1:3], blocks[0], *blocks[3:]])
+    text = "\n\n".join([*blocks[1:], blocks[0]])
     (project / "params.yaml").write_text(text)
     params.load(project / "params.yaml")
     with pytest.raises(PleatError, match=r"write experiment\.batches as a plain list"):

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.utils.class_weight import compute_class_weight
+from sklearn.metrics import accuracy_score, f1_score
 
-from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, best_epoch, class_weights, fit, predict
+from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, best_epoch, fit, predict
 from pipeline_steps.vision.inputs import Features, Pixels
+from pipeline_steps.vision.losses import CrossEntropy, Focal
 from pipeline_steps.vision.networks import CustomCnn, Head
+from pipeline_steps.vision.objective import Objective, Output
 from pipeline_steps.vision.optimizer import EagerAdamW
 
 SCHEDULE = Schedule(
@@ -23,17 +25,22 @@ SCHEDULE = Schedule(
     batch_size=16,
     learning_rate=0.01,
     weight_decay=0.01,
-    label_smoothing=0.1,
-    balanced=True,
     weight_average=0.9,
     mirror=True,
     seed=3,
 )
+OBJECTIVE = Objective((Output(multilabel=False, n_classes=3),), CrossEntropy(label_smoothing=0.1), "balanced")
+# A class of three, and beside it which of two apply.
+SEVERAL = Objective((Output(False, 3), Output(True, 2)), Focal(2.0), "none")
 TRAIN, INNER = torch.arange(0, 60), torch.arange(60, 90)
 
 
 def labels() -> torch.Tensor:
     return torch.arange(90) % 3
+
+
+def several_codes() -> torch.Tensor:
+    return torch.stack([labels(), labels() > 0, labels() % 2], dim=1).long()
 
 
 def features() -> Features:
@@ -60,10 +67,19 @@ def cnn() -> CustomCnn:
 
 
 def run(
-    network, inputs, checkpoint: Path, on_epoch=lambda _: None, schedule=SCHEDULE, version="v1", on_resume=None
+    network,
+    inputs,
+    checkpoint: Path,
+    on_epoch=lambda _: None,
+    schedule=SCHEDULE,
+    version="v1",
+    on_resume=None,
+    objective=OBJECTIVE,
+    codes=None,
 ) -> Fitted:
     more = {"on_resume": on_resume} if on_resume else {}
-    return fit(network, inputs, labels(), TRAIN, INNER, schedule, checkpoint, version, on_epoch, **more)
+    codes = labels()[:, None] if codes is None else codes
+    return fit(network, objective, inputs, codes, TRAIN, INNER, schedule, checkpoint, version, on_epoch, **more)
 
 
 @pytest.mark.parametrize(("build", "inputs"), [(head, features), (cnn, pixels)], ids=["head", "cnn"])
@@ -90,23 +106,24 @@ def test_an_interrupted_training_ends_with_the_same_bits(build, inputs, stop_aft
         assert torch.equal(tensor, undisturbed.state[name]), name
 
 
-@pytest.mark.parametrize("change", ["schedule", "version", "network"])
+@pytest.mark.parametrize("change", ["schedule", "version", "network", "objective"])
 def test_a_checkpoint_of_other_arguments_is_not_taken_up(change: str, tmp_path: Path) -> None:
     run(head(), features(), tmp_path / "checkpoint.pt", schedule=replace(SCHEDULE, max_epochs=2))
-    network, schedule, version = head(), replace(SCHEDULE, max_epochs=2), "v1"
+    network, schedule, version, objective = head(), replace(SCHEDULE, max_epochs=2), "v1", OBJECTIVE
     if change == "schedule":
         schedule = replace(schedule, learning_rate=0.02)
     elif change == "version":
         version = "v2"
+    elif change == "objective":
+        objective = replace(OBJECTIVE, criterion=Focal(2.0))
     else:
         torch.manual_seed(99)
         network = Head(5, 3, hidden=8, dropout=0.3)
-    fresh = run(network, features(), tmp_path / "none.pt", schedule=schedule, version=version)
+    more = {"schedule": schedule, "version": version, "objective": objective}
+    fresh = run(network, features(), tmp_path / "none.pt", **more)
     first = {name: tensor.clone() for name, tensor in fresh.state.items()}
     torch.manual_seed(99 if change == "network" else 1)
-    again = run(
-        Head(5, 3, hidden=8, dropout=0.3), features(), tmp_path / "checkpoint.pt", schedule=schedule, version=version
-    )
+    again = run(Head(5, 3, hidden=8, dropout=0.3), features(), tmp_path / "checkpoint.pt", **more)
     assert all(torch.equal(first[name], tensor) for name, tensor in again.state.items())
 
 
@@ -152,10 +169,23 @@ def test_without_an_inner_part_it_takes_the_very_path_of_a_fold(build, inputs, n
 
     fold = run(build(), inputs(), tmp_path / "fold.pt", follow)
     schedule = replace(SCHEDULE, n_epochs=n_epochs)
-    alone = fit(build(), inputs(), labels(), TRAIN, None, schedule, tmp_path / "alone.pt", "v1", lambda _: None)
+    alone = fit(
+        build(),
+        OBJECTIVE,
+        inputs(),
+        labels()[:, None],
+        TRAIN,
+        None,
+        schedule,
+        tmp_path / "alone.pt",
+        "v1",
+        lambda _: None,
+    )
     assert alone.best_epoch == len(alone.history) == n_epochs
     assert [line.train_loss for line in alone.history] == [line.train_loss for line in fold.history[:n_epochs]]
-    assert all(line.inner_loss is None and line.inner_f1_weighted is None for line in alone.history)
+    assert [line.train_accuracy for line in alone.history] == [line.train_accuracy for line in fold.history[:n_epochs]]
+    for line in alone.history:
+        assert line.inner_loss is line.inner_accuracy is line.inner_f1_weighted is None
     for name, tensor in alone.state.items():
         assert torch.equal(tensor, averages[n_epochs - 1][name]), name
 
@@ -168,7 +198,7 @@ def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_pa
         rates.append(torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
 
     schedule, peak = replace(SCHEDULE, n_epochs=5), SCHEDULE.learning_rate
-    fit(head(), features(), labels(), TRAIN, None, schedule, tmp_path / "c.pt", "v1", follow)
+    fit(head(), OBJECTIVE, features(), labels()[:, None], TRAIN, None, schedule, tmp_path / "c.pt", "v1", follow)
     total, rise = 8 * 4 - 1, 0.2 * 8 * 4 - 1  # of the last step and of the highest
     for step, rate in zip(range(4, 24, 4), rates, strict=True):
         if step <= rise:
@@ -182,7 +212,9 @@ def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_pa
 def test_an_interrupted_training_without_an_inner_part_ends_with_the_same_bits(tmp_path: Path) -> None:
     def train(checkpoint: str, on_epoch=lambda _: None) -> Fitted:
         schedule = replace(SCHEDULE, n_epochs=6)
-        return fit(cnn(), pixels(), labels(), TRAIN, None, schedule, tmp_path / checkpoint, "v1", on_epoch)
+        return fit(
+            cnn(), OBJECTIVE, pixels(), labels()[:, None], TRAIN, None, schedule, tmp_path / checkpoint, "v1", on_epoch
+        )
 
     def interrupt(epoch: Epoch) -> None:
         if epoch.epoch == 2:
@@ -205,15 +237,71 @@ def test_patience_counts_epochs_without_a_better_score(tmp_path: Path) -> None:
 
 
 def test_best_epoch_takes_the_first_of_equals() -> None:
-    history = [Epoch(number, 0.0, 0.0, score) for number, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1)]
+    history = [Epoch(number, 0.0, 0.0, 0.0, 0.0, score) for number, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1)]
     assert best_epoch(history) == 2
     assert best_epoch([]) == 0
 
 
-def test_class_weights_agree_with_scikit_learn() -> None:
-    codes = torch.tensor([0] * 7 + [1] * 2 + [2])
-    expected = compute_class_weight("balanced", classes=np.arange(3), y=codes.numpy())
-    np.testing.assert_allclose(class_weights(codes, 3), expected, rtol=1e-6)
+def test_the_history_says_what_the_batches_and_the_inner_part_gave(tmp_path: Path) -> None:
+    """One step an epoch without dropout or averaging, so that each line can be computed again from outside."""
+    torch.manual_seed(1)
+    network, inputs, codes = Head(5, 5, hidden=0, dropout=0.0), features(), several_codes()
+    weights: list[dict[str, torch.Tensor]] = [{name: tensor.clone() for name, tensor in network.state_dict().items()}]
+    schedule = replace(SCHEDULE, batch_size=60, mirror=False, weight_average=0.0, max_epochs=3)
+    follow = lambda _: weights.append({name: tensor.clone() for name, tensor in network.state_dict().items()})  # noqa: E731
+    fitted = run(network, inputs, tmp_path / "c.pt", follow, schedule, objective=SEVERAL, codes=codes)
+
+    def scores(state: dict[str, torch.Tensor], rows: torch.Tensor) -> tuple[float, float, float]:
+        network.load_state_dict(state)
+        with torch.no_grad():
+            logits = network(inputs.values[rows, 0])
+        first, second = (codes[rows][:, 0], codes[rows][:, 1:])
+        p = torch.gather(logits[:, :3].softmax(1), 1, first[:, None])
+        q = torch.where(second == 1, logits[:, 3:].sigmoid(), 1 - logits[:, 3:].sigmoid())
+        loss = (-((1 - p) ** 2) * p.log()).mean() + (-((1 - q) ** 2) * q.log()).mean()
+        pairs = [(first, logits[:, :3].argmax(1)), (second, logits[:, 3:] >= 0)]
+        accuracy = np.mean([accuracy_score(truth, found) for truth, found in pairs])
+        f1 = np.mean([f1_score(truth, found, average="weighted", zero_division=0.0) for truth, found in pairs])
+        return float(loss), float(accuracy), float(f1)
+
+    for before, after, line in zip(weights, weights[1:], fitted.history, strict=False):
+        assert (line.train_loss, line.train_accuracy) == pytest.approx(scores(before, TRAIN)[:2])
+        inner = (line.inner_loss, line.inner_accuracy, line.inner_f1_weighted)
+        assert inner == pytest.approx(scores(after, INNER), rel=1e-4)
+    assert len({line.train_accuracy for line in fitted.history}) > 1
+
+
+def test_several_targets_are_learned_side_by_side(tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    network, inputs, codes = Head(5, 5, hidden=0, dropout=0.0), features(), several_codes()
+    schedule = replace(SCHEDULE, max_epochs=30, patience=30, learning_rate=0.05, weight_average=0.0)
+    fitted = run(network, inputs, tmp_path / "c.pt", schedule=schedule, objective=SEVERAL, codes=codes)
+    network.load_state_dict(fitted.state)
+    first, second = SEVERAL.split(predict(network, SEVERAL, inputs, INNER, mirror=True))
+    assert (first.argmax(1) == codes[INNER, 0]).float().mean() > 0.8
+    assert ((second >= 0.5) == codes[INNER, 1:]).float().mean() > 0.8
+
+
+def test_a_class_that_no_row_teaches_does_no_harm(tmp_path: Path) -> None:
+    """Four classes, of which the last has rows in the inner part only; balanced weights and smoothing invite it."""
+    objective = replace(OBJECTIVE, outputs=(Output(False, 4),))
+    codes = labels()[:, None].clone()
+    codes[INNER[-2:]] = 3
+    torch.manual_seed(1)
+    network = Head(5, 4, hidden=0, dropout=0.0)
+    schedule = replace(SCHEDULE, max_epochs=30, patience=30, learning_rate=0.05)
+    fitted = run(network, features(), tmp_path / "c.pt", schedule=schedule, objective=objective, codes=codes)
+    network.load_state_dict(fitted.state)
+    probabilities = predict(network, objective, features(), INNER, mirror=True)
+    assert (probabilities.argmax(1) == labels()[INNER]).float().mean() > 0.8
+    assert torch.isfinite(probabilities).all()
+
+
+def test_batches_of_one_sample_are_trained_on(tmp_path: Path) -> None:
+    schedule = replace(SCHEDULE, batch_size=1, max_epochs=2)
+    fitted = run(head(), features(), tmp_path / "c.pt", schedule=schedule)
+    assert fitted.history[0].train_loss > 0
+    assert not torch.equal(fitted.state["layers.1.weight"], head().state_dict()["layers.1.weight"])
 
 
 def test_predict_averages_the_plain_and_the_mirrored_view() -> None:
@@ -221,8 +309,8 @@ def test_predict_averages_the_plain_and_the_mirrored_view() -> None:
     with torch.no_grad():
         plain = network(images.values[rows]).softmax(1)
         mirrored = network(images.values[rows].flip(3)).softmax(1)
-    torch.testing.assert_close(predict(network, images, rows, mirror=True), (plain + mirrored) / 2)
-    torch.testing.assert_close(predict(network, images, rows, mirror=False), plain)
+    torch.testing.assert_close(predict(network, OBJECTIVE, images, rows, mirror=True), (plain + mirrored) / 2)
+    torch.testing.assert_close(predict(network, OBJECTIVE, images, rows, mirror=False), plain)
 
 
 def test_views_are_picked_row_by_row() -> None:

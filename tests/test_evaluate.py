@@ -10,22 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import synthetic_run as synthetic
+from evaluated_run import MODEL, check_spread, fold_file, multiclass_scores, out_of_fold, report, summary_of
 from PIL import Image
 from sklearn import metrics as oracle
 
-from pipeline_steps import evaluate, pages
+from pipeline_steps import evaluate, mistakes, pages
 from pipeline_steps.errors import PleatError
-from pipeline_steps.files import read_json
-
-MODEL = "net"
-
-
-def fold_file(root: Path, fold: int, name: str = "predictions.parquet") -> Path:
-    return root / "data" / "train" / MODEL / f"fold_{fold}" / name
-
-
-def out_of_fold(root: Path, n_folds: int = 3) -> pd.DataFrame:
-    return pd.concat([pd.read_parquet(fold_file(root, fold)) for fold in range(n_folds)], ignore_index=True)
 
 
 def wrong_ones(frame: pd.DataFrame) -> pd.DataFrame:
@@ -59,35 +49,16 @@ def root(inputs: Path, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def report(root: Path) -> Path:
-    return root / "reports" / "models" / MODEL
-
-
 def test_summary_agrees_with_scikit_learn(evaluated: Path) -> None:
-    summary = read_json(evaluated / "data" / "evaluate" / MODEL / "metrics.json")
+    summary = summary_of(evaluated)
     frame = out_of_fold(evaluated)
-    classes = [column[2:] for column in frame if column.startswith("p:")]
     assert (summary["n_samples"], summary["n_classes"], summary["epochs"]) == (96, 6, [5, 5, 5])
-
-    def scores(rows: pd.DataFrame) -> dict[str, float]:
-        chances = rows[[f"p:{name}" for name in classes]].to_numpy()
-        predicted = np.array(classes)[chances.argmax(axis=1)]
-        return {
-            "f1_weighted": oracle.f1_score(rows["label"], predicted, labels=classes, average="weighted"),
-            "f1_macro": oracle.f1_score(rows["label"], predicted, labels=classes, average="macro"),
-            "accuracy": oracle.accuracy_score(rows["label"], predicted),
-            "roc_auc_macro": np.mean(
-                [oracle.roc_auc_score(rows["label"] == name, rows[f"p:{name}"]) for name in classes]
-            ),
-        }
-
-    by_fold = pd.DataFrame([scores(rows) for _, rows in frame.groupby("fold")])
-    for name, pooled in scores(frame).items():
-        assert summary[name]["pooled"] == pytest.approx(pooled)
-        assert summary[name]["folds"] == pytest.approx(by_fold[name].tolist())
-        assert summary[name]["mean"] == pytest.approx(by_fold[name].mean())
-        assert summary[name]["std"] == pytest.approx(by_fold[name].std())
-        assert summary[name]["ci95_low"] < summary[name]["mean"] < summary[name]["ci95_high"]
+    by_fold = [multiclass_scores(rows) for _, rows in frame.groupby("fold")]
+    for name, pooled in multiclass_scores(frame).items():
+        check_spread(summary[name], [fold[name] for fold in by_fold], pooled)
+    own = summary["targets"].pop("label")
+    assert not summary["targets"]
+    assert own == {"kind": "multiclass"} | {key: summary[key] for key in own if key != "kind"}
 
 
 def test_tables(evaluated: Path) -> None:
@@ -110,25 +81,33 @@ def test_tables(evaluated: Path) -> None:
     folds = pd.read_csv(out / "folds.csv")
     assert folds["fold"].tolist() == [0, 1, 2]
     assert folds["n_samples"].sum() == 96
-    curves = pd.read_csv(evaluated / "data" / "evaluate" / MODEL / "curves.csv")
-    assert list(curves) == ["fold", "epoch", "train_loss", "inner_loss", "inner_f1_weighted"]
-    assert len(curves) == 18
     for name in ("confusion", "per_class", "roc", "curves", "folds"):
         with Image.open(out / f"{name}.png") as image:
             assert min(image.size) > 400
             assert "Software" not in image.info
 
 
+def test_curves_are_means_as_far_as_every_fold_was_trained(evaluated: Path) -> None:
+    histories = [pd.read_csv(fold_file(evaluated, fold, "history.csv")).head(6) for fold in range(3)]
+    assert len(pd.read_csv(fold_file(evaluated, 1, "history.csv"))) == 7  # one fold was trained for longer
+    for part, columns in (("loss", evaluate.LOSS), ("accuracy", evaluate.ACCURACY)):
+        curves = pd.read_csv(evaluated / "data" / "evaluate" / f"{part}-curves" / f"{MODEL}.csv")
+        assert list(curves) == ["epoch", *columns]
+        assert curves["epoch"].tolist() == [1, 2, 3, 4, 5, 6]
+        for column in columns:
+            np.testing.assert_allclose(curves[column], np.mean([one[column] for one in histories], axis=0), rtol=1e-5)
+
+
 def test_page_is_self_contained_and_shows_the_worst_mistakes_first(evaluated: Path) -> None:
     page = (report(evaluated) / "index.html").read_text()
     assert re.findall(r'(?:src|href)="(?!data:)[^"]*"', page) == []
     assert "<script" not in page
-    summary = read_json(evaluated / "data" / "evaluate" / MODEL / "metrics.json")
+    summary = summary_of(evaluated)
     assert f'<div class="value">{summary["f1_weighted"]["mean"]:.3f}</div>' in page
     worst = wrong_ones(out_of_fold(evaluated))
     assert f"{len(worst)} images were predicted wrong" in page
     shown = re.findall(r'<figcaption>(.*?) → <span class="wrong">(.*?)</span> (.*?)%', page)
-    worst = worst.head(evaluate.N_MISTAKES)
+    worst = worst.head(mistakes.N_MISTAKES)
     assert shown == [
         (row.label, row.predicted, f"{100 * row.probability:.1f}") for row in worst.itertuples(index=False)
     ]
@@ -155,8 +134,9 @@ def test_a_second_run_writes_the_same_bytes_and_leaves_nothing_of_an_earlier_one
 @pytest.mark.filterwarnings("ignore:Glyph")  # matplotlib's own font has no Chinese letters; the page shows them
 def test_hostile_labels_and_paths_are_only_text(tmp_path: Path) -> None:
     classes = ["<script>alert(1)</script>", "$x_1$ & {{ 7 * 7 }}", "_hidden", "衣服", 'a"b', "NA"]
-    folds = synthetic.make_data(tmp_path, classes, n=60, source_path='"><img src=x onerror=alert({})>.jpg')
-    synthetic.make_model(tmp_path, MODEL, folds, classes, skill=0.5)
+    columns = {"label": classes}
+    folds = synthetic.make_data(tmp_path, columns, n=60, source_path='"><img src=x onerror=alert({})>.jpg')
+    synthetic.make_model(tmp_path, MODEL, folds, columns, skill=0.5)
     evaluate.run(synthetic.params([MODEL]), MODEL, tmp_path)
     page = (report(tmp_path) / "index.html").read_text()
     assert "<script" not in page
@@ -192,8 +172,9 @@ def test_what_a_fold_cannot_define_stays_empty(root: Path) -> None:
 
 
 def test_a_perfect_model_has_no_gallery(tmp_path: Path) -> None:
-    folds = synthetic.make_data(tmp_path, ["no", "yes"], n=40, n_folds=2)
-    synthetic.make_model(tmp_path, MODEL, folds, ["no", "yes"], skill=50)
+    columns = {"label": ["no", "yes"]}
+    folds = synthetic.make_data(tmp_path, columns, n=40, n_folds=2)
+    synthetic.make_model(tmp_path, MODEL, folds, columns, skill=50)
     summary = evaluate.run(synthetic.params([MODEL], n_folds=2), MODEL, tmp_path)
     assert summary["accuracy"]["mean"] == 1
     assert "every image was predicted right" in (report(tmp_path) / "index.html").read_text()
@@ -223,12 +204,18 @@ def edit(root: Path, fold: int, change: str) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ("twice", r"net predicts 1 sample\(s\) more than once, first [0-9a-f]{64}\. .* run `dvc repro`"),
-        ("lost", r"2 sample\(s\) of data/split/folds\.parquet have no prediction by net, first .* run `dvc repro`"),
-        ("label", r"1 predictions of net name another label than data/split/folds\.parquet, .* run `dvc repro`"),
+        ("twice", r"net \(label\) predicts 1 sample\(s\) more than once, first [0-9a-f]{64}\. .* run `dvc repro`"),
+        (
+            "lost",
+            r"2 sample\(s\) of data/split/folds\.parquet have no prediction by net \(label\), first .* run `dvc repro`",
+        ),
+        (
+            "label",
+            r"1 predictions of net \(label\) name another label than data/split/folds\.parquet, .* run `dvc repro`",
+        ),
         ("fold", r"name another fold than data/split/folds\.parquet"),
-        ("classes", r"Classes of net differ between fold 0 and fold 1: p:Cap, p:Hat\. .* run `dvc repro`"),
-        ("nan", r"Fold 1 of net holds 1 rows whose probabilities .* Lower training\.net\.learning_rate"),
+        ("classes", r"Classes of net \(label\) differ between fold 0 and fold 1: p:Cap, p:Hat\. .* run `dvc repro`"),
+        ("nan", r"Fold 1 of net \(label\) holds 1 rows whose probabilities .* Lower training\.net\.learning_rate"),
         ("sum", r"do not sum to 1: the training diverged"),
     ],
 )
@@ -242,11 +229,13 @@ def test_rows_that_do_not_belong_together(root: Path, change: str, sentence: str
 def test_prediction_of_a_sample_that_is_in_no_fold(root: Path) -> None:
     extra = pd.read_parquet(fold_file(root, 1)).head(1).assign(sample_id="f" * 64)
     pd.concat([pd.read_parquet(fold_file(root, 1)), extra]).to_parquet(fold_file(root, 1))
-    with pytest.raises(PleatError, match=r"1 prediction\(s\) by net are of samples outside the folds .*, first f{64}"):
+    with pytest.raises(
+        PleatError, match=r"1 prediction\(s\) by net \(label\) are of samples outside the folds .*, first f{64}"
+    ):
         evaluate.run(synthetic.params([MODEL]), MODEL, root)
 
 
-@pytest.mark.parametrize("name", ["predictions.parquet", "history.csv", "metrics.json"])
+@pytest.mark.parametrize("name", ["predictions/label.parquet", "history.csv", "metrics.json"])
 def test_missing_fold(root: Path, name: str) -> None:
     fold_file(root, 2, name).unlink()
     with pytest.raises(PleatError, match=rf"fold_2/{name} is missing.*run `dvc repro`"):

@@ -32,16 +32,18 @@ def test_clothing_csv_rows_and_unlabelled(tmp_path: Path) -> None:
     listing = formats.read(tmp_path, "auto")
     assert listing.rows.to_dict("list") == {
         "source_path": ["images/a.jpg", "images/b.JPEG", "images/c.png", "images/gone.jpg"],
-        "label": ["T-Shirt", "Hat", "", "Skip"],
         "sender_id": ["1", "2", "2", "3"],
+        "given": ["", "", "", ""],
+        "label": ["T-Shirt", "Hat", "", "Skip"],
     }
+    assert listing.columns == ["label"]
     assert listing.unlabelled == ["docs/figure.png", "images/extra.jpg"]
 
 
 def test_clothing_csv_needs_no_kids_column_and_takes_a_byte_order_mark(tmp_path: Path) -> None:
     table(put(tmp_path, "images/a.jpg"), b"\xef\xbb\xbflabel, image ,sender_id\r\nHat,a,7\r\n")
     assert formats.read(tmp_path, "auto").rows.to_dict("records") == [
-        {"source_path": "images/a.jpg", "label": "Hat", "sender_id": "7"}
+        {"source_path": "images/a.jpg", "sender_id": "7", "given": "", "label": "Hat"}
     ]
 
 
@@ -126,9 +128,11 @@ def test_class_folders_of_stanford_dogs(tmp_path: Path) -> None:
     listing = formats.read(tmp_path, "auto")
     assert listing.rows.to_dict("list") == {
         "source_path": ["Images/n02085620-Chihuahua/y.JPG", "Images/n02086240-Shih-Tzu/x 1.jpg"],
-        "label": ["Chihuahua", "Shih-Tzu"],
         "sender_id": ["", ""],
+        "given": ["", ""],
+        "label": ["Chihuahua", "Shih-Tzu"],
     }
+    assert listing.columns == ["label"]
     assert listing.unlabelled == ["Images/loose.jpg"]
 
 
@@ -159,9 +163,10 @@ def test_two_classes_of_one_name_keep_their_wordnet_ids(tmp_path: Path) -> None:
 )
 def test_what_is_no_data_set_names_what_was_looked_for(tmp_path: Path, paths: list[str], found: str) -> None:
     put(tmp_path, *paths)
-    with pytest.raises(PleatError, match=r"images\.csv beside a folder images/.*sub-folders named after") as caught:
+    with pytest.raises(PleatError, match=r"images\.csv beside a folder images/.*sub-folders with images") as caught:
         formats.detect(tmp_path)
-    assert f"it found {found}, but neither" in str(caught.value)
+    assert f"it found {found}, but none of these" in str(caught.value)
+    assert all(f"({name})" in str(caught.value) for name in formats.READERS)
     with pytest.raises(PleatError, match="holds no class folders"):
         formats.read(tmp_path, "class_folders")
 
@@ -169,7 +174,9 @@ def test_what_is_no_data_set_names_what_was_looked_for(tmp_path: Path, paths: li
 def test_absent_folder_unknown_format_and_unreadable_name(tmp_path: Path) -> None:
     with pytest.raises(PleatError, match="does not exist; bring the data with `pleat data add` or `dvc pull`"):
         formats.detect(tmp_path / "nowhere")
-    with pytest.raises(PleatError, match="one of auto, clothing_csv, class_folders, but got 'coco'"):
+    with pytest.raises(
+        PleatError, match="one of auto, clothing_csv, class_folders, attribute_lists, colour_garment, but got 'coco'"
+    ):
         formats.read(tmp_path, "coco")
     with pytest.raises(PleatError, match=r"images\.csv does not exist"):
         formats.read(put(tmp_path, "Hat/a.jpg"), "clothing_csv")

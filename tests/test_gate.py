@@ -14,11 +14,13 @@ from gate_cases import (
     SETTINGS,
     against,
     answers,
+    bootstrap,
     measured,
+    one_target,
     weighted_f1,
 )
 
-from pipeline_steps.bootstrap import Holdout, paired_bootstrap
+from pipeline_steps.bootstrap import Holdout
 from pipeline_steps.gate import Broken, Measured, judge
 
 pytestmark = pytest.mark.filterwarnings("error")
@@ -147,7 +149,7 @@ def test_a_class_collapses_although_the_total_is_better() -> None:
     )
     assert verdict.reasons[0].endswith(", more than the limit of 0.2.")
     assert "scores better than champion version 7: " in verdict.reasons[1]
-    sock = verdict.evidence["classes"]["sock"]
+    sock = verdict.evidence["targets"]["label"]["classes"]["sock"]
     assert (sock["support"], sock["candidate_recall"], sock["champion_recall"]) == (20, 0.4, 0.9)
     assert sock["recall_gain"]["value"] == -0.5
 
@@ -156,15 +158,15 @@ def test_a_class_may_fall_by_the_limit_and_by_what_may_be_chance() -> None:
     """A fall by 20 of 100 is one by the limit, one by 21 is more."""
     far_worse = {"coat": range(60), "dress": range(60)}
     at_the_limit = against(answers(shirt=range(30)), answers(shirt=range(10), **far_worse))
-    assert at_the_limit.evidence["classes"]["shirt"]["recall_gain"]["high"] < 0
+    assert at_the_limit.evidence["targets"]["label"]["classes"]["shirt"]["recall_gain"]["high"] < 0
     assert at_the_limit.decision == "promoted"
     beyond = against(answers(shirt=range(31)), answers(shirt=range(10), **far_worse))
     assert beyond.decision == "rejected"
     assert "Class 'shirt' collapses: its recall falls from 0.900 to 0.690 on 100" in beyond.reasons[0]
     # Eleven socks lost and six others won: 0.25 lower, but by chance perhaps.
     noisy = against(answers(sock=range(11)), answers(sock=range(11, 17), **far_worse))
-    assert noisy.evidence["classes"]["sock"]["recall_gain"]["value"] == -0.25
-    assert noisy.evidence["classes"]["sock"]["recall_gain"]["high"] >= 0
+    assert noisy.evidence["targets"]["label"]["classes"]["sock"]["recall_gain"]["value"] == -0.25
+    assert noisy.evidence["targets"]["label"]["classes"]["sock"]["recall_gain"]["high"] >= 0
     assert noisy.decision == "promoted"
 
 
@@ -173,7 +175,7 @@ def test_collapse_counts_groups_not_rows() -> None:
     group = [*HOLDOUT.group[:300], *["one sender"] * 10, *HOLDOUT.group[310:]]
     candidate, champion = measured(answers(sock=range(10))), measured(answers(coat=range(60)), version="7")
     assert judge(SETTINGS, HOLDOUT, candidate, champion).decision == "rejected"
-    assert judge(SETTINGS, Holdout(ACTUAL, group), candidate, champion).decision == "promoted"
+    assert judge(SETTINGS, one_target(ACTUAL, group), candidate, champion).decision == "promoted"
 
 
 def test_the_first_model() -> None:
@@ -186,7 +188,7 @@ def test_the_first_model() -> None:
     ]
     assert verdict.evidence["champion"] is None
     assert verdict.evidence["gain"] is None
-    assert verdict.evidence["never_answered_by_champion"] is None
+    assert verdict.evidence["targets"]["label"]["never_answered_by_champion"] is None
 
 
 def test_the_first_model_below_the_floors() -> None:
@@ -229,7 +231,7 @@ def test_a_score_on_the_floor_reaches_it() -> None:
     actual = [label for label, n in (("a", 4), ("b", 4), ("c", 20)) for _ in range(n)]
     predicted = [label if row % 4 == 0 else "" for row, label in enumerate(actual)]
     low = SETTINGS.model_copy(update={"floors": SETTINGS.floors.model_copy(update={"f1_weighted": 0.4})})
-    verdict = judge(low, Holdout(actual, [str(row) for row in range(28)]), measured(predicted), None)
+    verdict = judge(low, one_target(actual, [str(row) for row in range(28)]), measured(predicted), None)
     assert verdict.decision == "promoted"
     assert "weighted F1 0.400 (floor 0.4) and macro F1 0.400 (floor 0.4)" in verdict.reasons[1]
 
@@ -273,17 +275,17 @@ def test_the_candidate_is_broken(champion: Measured | Broken | None) -> None:
     assert verdict.evidence["gain"] is None
     if isinstance(champion, Measured):
         assert verdict.evidence["champion"]["f1_weighted"] == 1
-        assert verdict.evidence["classes"]["sock"]["candidate_recall"] is None
+        assert verdict.evidence["targets"]["label"]["classes"]["sock"]["candidate_recall"] is None
         assert len(verdict.reasons) == 1
 
 
 def test_an_empty_holdout() -> None:
-    empty = Holdout([], [])
+    empty = one_target([], [])
     sentence = "The holdout is empty, so nothing can be judged: `split.holdout.fraction` in params.yaml is 0."
     verdict = judge(SETTINGS, empty, measured([]), None)
     assert verdict.decision == "rejected"
     assert verdict.reasons[0] == sentence
-    assert verdict.evidence["classes"] == {}
+    assert verdict.evidence["targets"]["label"]["classes"] == {}
     against_champion = judge(SETTINGS, empty, measured([], latency_ms=8.4), measured([], version="7"))
     assert against_champion.reasons == [
         sentence,
@@ -300,12 +302,12 @@ def test_a_class_that_is_new_since_the_champion() -> None:
     champion = ["shirt" if label == "sock" else label for label in ACTUAL]
     verdict = against(answers(sock=range(5)), champion)
     assert verdict.decision == "promoted"
-    assert verdict.evidence["never_answered_by_champion"] == ["sock"]
-    sock = verdict.evidence["classes"]["sock"]
+    assert verdict.evidence["targets"]["label"]["never_answered_by_champion"] == ["sock"]
+    sock = verdict.evidence["targets"]["label"]["classes"]["sock"]
     assert (sock["support"], sock["candidate_recall"], sock["champion_recall"]) == (20, 0.75, 0)
     assert sock["recall_gain"]["value"] == 0.75
     assert verdict.evidence["champion"]["f1_weighted"] == pytest.approx((200 + 100 * 200 / 220) / 320)
-    assert against(ACTUAL, answers()).evidence["never_answered_by_champion"] == []
+    assert against(ACTUAL, answers()).evidence["targets"]["label"]["never_answered_by_champion"] == []
     assert against(champion, champion).decision == "challenger"
 
 
@@ -327,7 +329,7 @@ def test_evidence_always_has_the_same_keys() -> None:
         (HOLDOUT, measured(ACTUAL), measured(answers(coat=range(9)), version="7")),
         (HOLDOUT, measured(ACTUAL), None),
         (HOLDOUT, Broken("8", "no file"), Broken("7", "no file")),
-        (Holdout([], []), measured([]), measured([], version="7")),
+        (one_target([], []), measured([]), measured([], version="7")),
     ]
     found = [judge(SETTINGS, *case).evidence for case in cases]
     assert all(list(evidence) == list(found[0]) for evidence in found)
@@ -339,23 +341,23 @@ def test_evidence_always_has_the_same_keys() -> None:
 
 def test_what_no_caller_may_ask() -> None:
     good = measured(ACTUAL)
-    with pytest.raises(ValueError, match="Expected 320 entries in `group`, one a row, but got 319"):
-        judge(SETTINGS, Holdout(ACTUAL, HOLDOUT.group[1:]), good, None)
+    with pytest.raises(ValueError, match="Expected 319 entries in `actual`, one a row, but got 320 for label"):
+        judge(SETTINGS, one_target(ACTUAL, HOLDOUT.group[1:]), good, None)
     with pytest.raises(ValueError, match="`predicted of version 7`, one a row, but got 319"):
         judge(SETTINGS, HOLDOUT, good, measured(ACTUAL[1:], version="7"))
     with pytest.raises(ValueError, match="`predicted of version candidate`"):
         judge(SETTINGS, HOLDOUT, measured([]), Broken("7", "no file"))
     with pytest.raises(ValueError, match="a label for every holdout row"):
-        judge(SETTINGS, Holdout(["", *ACTUAL[1:]], HOLDOUT.group), good, None)
+        judge(SETTINGS, one_target(["", *ACTUAL[1:]], HOLDOUT.group), good, None)
     for cost in (0, -1, math.nan, math.inf):
         with pytest.raises(ValueError, match="`latency_ms` of version 7 to be positive"):
             judge(SETTINGS, HOLDOUT, good, measured(ACTUAL, version="7", latency_ms=cost))
     with pytest.raises(ValueError, match="`confidence` to be between 0 and 1, but got 95"):
-        paired_bootstrap(HOLDOUT, ACTUAL, ACTUAL, 95)
+        bootstrap(HOLDOUT, ACTUAL, ACTUAL, 95)
     with pytest.raises(ValueError, match="`champion`, one a row, but got 1"):
-        paired_bootstrap(HOLDOUT, ACTUAL, ["coat"], 0.95)
+        bootstrap(HOLDOUT, ACTUAL, ["coat"], 0.95)
     with pytest.raises(ValueError, match="at least one holdout row"):
-        paired_bootstrap(Holdout([], []), [], [], 0.95)
+        bootstrap(one_target([], []), [], [], 0.95)
 
 
 def test_imports_neither_mlflow_nor_torch() -> None:

@@ -61,6 +61,75 @@ def test_labels_that_would_change_are_refused(tmp_path: Path) -> None:
         leave_out(folder, "auto", contents(folder), old)
 
 
+def test_images_with_two_labels_are_equal_only_where_both_agree(tmp_path: Path) -> None:
+    files = {
+        "red_dress/1.jpg": b"one", "red_dress/2.jpg": b"two", "red_dress/3.jpg": b"two", "blue_dress/4.jpg": b"two",
+        "red_hat/5.jpg": b"two", "red_hat/6.jpg": b"six",
+    }  # fmt: skip
+    folder = put(tmp_path / "new", files)
+    old = known(put(tmp_path / "old", {"x.jpg": b"one"}))
+    found = leave_out(folder, "auto", contents(folder), old)
+    assert (found.known, found.repeated, found.n_left) == (["red_dress/1.jpg"], ["red_dress/3.jpg"], 4)
+    rows = formats.read(folder, "auto").rows[["source_path", "colour", "garment"]]
+    assert sorted(rows.itertuples(index=False, name=None)) == [
+        ("blue_dress/4.jpg", "blue", "dress"),
+        ("red_dress/2.jpg", "red", "dress"),
+        ("red_hat/5.jpg", "red", "hat"),
+        ("red_hat/6.jpg", "red", "hat"),
+    ]
+
+
+def test_a_rest_that_would_read_as_other_label_columns_is_refused(tmp_path: Path) -> None:
+    """One folder alone is not taken for a colour and a garment."""
+    folder = put(tmp_path / "new", {"red_dress/1.jpg": b"one", "blue_hat/2.jpg": b"two"})
+    old = known(put(tmp_path / "old", {"x.jpg": b"one"}))
+    with pytest.raises(PleatError, match="labels of the rest would read differently"):
+        leave_out(folder, "auto", contents(folder), old)
+    folder = put(tmp_path / "again", {"red_dress/1.jpg": b"one", "blue_hat/2.jpg": b"two"})
+    assert leave_out(folder, "colour_garment", contents(folder), old).n_left == 1
+
+
+def lists(folder: Path, **parts: dict[str, str]) -> Path:
+    """An attribute_lists batch: for each list images and their two integers; an image's bytes are its first letter."""
+    text = "4\nattribute_name attribute_type\nplain 1\nstriped 1\nlong 2\nshort 2\n"
+    files = {"split/list_attr_cloth.txt": text.encode()}
+    for part, rows in parts.items():
+        files[f"split/{part}.txt"] = "\n".join(["picture_filename", *(f"img/{name}.jpg" for name in rows), ""]).encode()
+        if part != "test":
+            files[f"split/{part}_attr.txt"] = "\n".join(["pattern size", *rows.values()]).encode()
+        files |= {f"img/{name}.jpg": name[0].encode() for name in rows}
+    return put(folder, files)
+
+
+def test_lines_and_files_of_attribute_lists(tmp_path: Path) -> None:
+    """The images a, e and g are known; b2 repeats b, b3 contradicts it."""
+    folder = lists(
+        tmp_path / "new",
+        train={"a": "0 0", "b": "0 1", "b2": "0 1", "b3": "1 1", "c": "1 0"},
+        val={"d": "1 1", "e": "0 0"},
+        test={"f": "", "g": ""},
+    )
+    before = formats.read(folder, "auto").rows
+    old = known(put(tmp_path / "old", {"a.jpg": b"a", "e.jpg": b"e", "g.jpg": b"g"}))
+    found = leave_out(folder, "auto", contents(folder), old)
+    assert (found.known, found.repeated, found.n_left) == (
+        ["img/a.jpg", "img/e.jpg", "img/g.jpg"], ["img/b2.jpg"], 4
+    )  # fmt: skip
+    after = formats.read(folder, "auto")
+    assert after.rows.to_dict("records") == before.iloc[[1, 3, 4, 5]].to_dict("records")
+    assert list(after.rows["given"]) == ["train", "train", "train", "val"]
+    assert list(after.rows["pattern"]) == ["plain", "striped", "striped", "striped"]
+    assert after.unlabelled == ["img/f.jpg"]
+    # Nothing is left to score on: then there is no such list.
+    folder = lists(tmp_path / "no val", train={"b": "0 1"}, val={"e": "0 0"})
+    assert leave_out(folder, "auto", contents(folder), old).n_left == 1
+    assert names(folder / "split") == ["list_attr_cloth.txt", "train.txt", "train_attr.txt"]
+    # Without an image to train on it is no such data set any more.
+    folder = lists(tmp_path / "no train", train={"a": "0 1"}, val={"d": "0 0"})
+    with pytest.raises(PleatError, match="labels of the rest would read differently"):
+        leave_out(folder, "auto", contents(folder), old)
+
+
 def test_the_digest_is_of_names_and_contents_alone(tmp_path: Path) -> None:
     one, two = (
         put(tmp_path / "one", {"a/b.jpg": b"1", "c.jpg": b"2"}),

@@ -13,7 +13,18 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pytest
-from conftest import PLEAT, content, draw, encode, load_params, names, pleat, write_batch, write_params
+from conftest import (
+    MANIFEST_COLUMNS,
+    PLEAT,
+    content,
+    draw,
+    encode,
+    load_params,
+    names,
+    pleat,
+    write_batch,
+    write_params,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -85,6 +96,8 @@ def test_every_row_and_file_ends_up_exactly_once(kinds: list[str]) -> None:
         }
         assert set(manifest["batch"]) | set(quarantine["batch"]) == {"b"}
         assert (quarantine["detail"] != "").all()
+        assert sorted(manifest.columns) == sorted([*MANIFEST_COLUMNS, "label"])
+        assert set(manifest["given"]) == {""}
 
         assert counts["samples"] == len(manifest)
         assert counts["quarantine"] == dict(Counter(KINDS[kind][2] for kind in cases.values() if KINDS[kind][2]))
@@ -122,18 +135,6 @@ def test_names_in_every_script_and_paths_that_leave_the_folder(tmp_path: Path) -
         f"images/{long_name}.jpg": "missing file",
         "images/pipe.jpg": "missing file",
     }
-
-
-def test_class_folders_are_ingested_too(tmp_path: Path) -> None:
-    for number, name in enumerate(["red hat/a.jpg", "red hat/b.jpg", "grüner Hut/a.jpg", "red hat/old/c.jpg"]):
-        path = tmp_path / "data" / "raw" / "b" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(JPEGS[number])
-    ingest.run(load_params(), "b", tmp_path)
-    manifest, quarantine, _ = read(tmp_path)
-    assert list(manifest["label"]) == ["grüner Hut", "red hat", "red hat"]
-    assert set(manifest["sender_id"]) == {""}
-    assert list(quarantine["source_path"]) == ["red hat/old/c.jpg"]
 
 
 def test_two_runs_give_the_same_bytes(tmp_path: Path) -> None:

@@ -177,12 +177,12 @@ def test_measured_costs_are_those_of_the_model(tmp_path: Path) -> None:
     }  # fmt: skip
     held = np.ones(64 * 2**20)  # 512 MB that the parent has resident are none of the child's
     models = [(name, save(tmp_path / name, text)) for name, text in code.items()]
-    found = measure(models, [Path("sleep:0.05"), Path("sleep:0.05")])
+    found = measure(models, [Path("sleep:0.05"), Path("sleep:0.05")], ["label"])
     assert [item.version for item in found] == list(code)
     quick, large, dying, needy = found
     assert isinstance(quick, Measured)
     assert isinstance(large, Measured)
-    assert quick.predicted == large.predicted == ["slept", "slept"]
+    assert quick.predicted == large.predicted == {"label": [("slept",), ("slept",)]}
     assert min(quick.latency_ms, large.latency_ms) >= 50
     assert 50e6 < quick.memory_bytes < held.nbytes, "Python, MLflow and pandas"
     assert large.memory_bytes - quick.memory_bytes == pytest.approx(299 * 2**20, rel=0.2)

@@ -21,6 +21,8 @@ JARGON = (
     "None",
 )
 NAMES = "letters, digits, '_' and '.', beginning with a letter or digit,"
+BOTH = {"kind": "multilabel", "of": ["colour", "garment"]}
+ASYMMETRIC = {"kind": "asymmetric", "gamma_positive": 0.0, "gamma_negative": 4.0, "margin": 0.05}
 CNN = {"kind": "custom_cnn", "input_size": 32, "blocks": [{"filters": 8, "kernel": 3, "pool": 2}]}
 
 
@@ -57,7 +59,14 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
             1,
             "unknown key `training.cnn_tiny.head.hiden`; remove it or correct its name.",
         ),
+        ("targets.label.of", ["colour"], "unknown key `targets.label.of`; remove it or correct its name."),
+        ("targets.both", BOTH | {"from": 1}, "unknown key `targets.both.from`; remove it or correct its name."),
         # wrong types
+        ("targets", ["label"], "`targets` must be a block of keys, but got ['label']."),
+        ("targets.label", "multiclass", "`targets.label` must be a block of keys, but got 'multiclass'."),
+        ("targets.both", BOTH | {"of": "colour"}, "`targets.both.of` must be a list, but got 'colour'."),
+        ("labels.top_classes", "ten", "`labels.top_classes` must be a whole number or null, but got 'ten'."),
+        ("labels.top_classes", 10.0, "`labels.top_classes` must be a whole number or null, but got 10.0."),
         ("experiment", None, "`experiment` must be a block of keys, but got null."),
         ("models", [1], "`models` must be a block of keys, but got [1]."),
         ("models.cnn_small", 3, "`models.cnn_small` must be a block of keys, but got 3."),
@@ -92,7 +101,43 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
             0.6,
             "`training.cnn_tiny.inner_fraction` must be at most 0.5, but got 0.6.",
         ),
-        ("ingest.format", "coco", "`ingest.format` must be 'auto', 'clothing_csv' or 'class_folders', but got 'coco'."),
+        (
+            "training.cnn_tiny.loss",
+            {"kind": "focal", "gamma": -1},
+            "`training.cnn_tiny.loss.gamma` must be at least 0, but got -1.",
+        ),
+        ("training.cnn_tiny.loss", {"kind": "focal"}, "`training.cnn_tiny.loss.gamma` is missing."),
+        (
+            "training.cnn_tiny.loss",
+            {"kind": "cross_entropy", "gamma": 2.0},
+            "unknown key `training.cnn_tiny.loss.gamma`; remove it or correct its name.",
+        ),
+        (
+            "training.cnn_tiny.loss.kind",
+            "hinge",
+            "`training.cnn_tiny.loss.kind` must be 'cross_entropy', 'focal' or 'asymmetric', but got 'hinge'.",
+        ),
+        (
+            "training.cnn_tiny.class_weights",
+            "sqrt",
+            "`training.cnn_tiny.class_weights` must be 'none', 'balanced' or 'inverse', but got 'sqrt'.",
+        ),
+        (
+            "ingest.format",
+            "coco",
+            "`ingest.format` must be 'auto', 'clothing_csv', 'class_folders', 'attribute_lists' or 'colour_garment', "
+            "but got 'coco'.",
+        ),
+        ("labels.top_classes", 1, "`labels.top_classes` must be at least 2 or null, but got 1."),
+        (
+            "targets.label.kind",
+            "regression",
+            "`targets.label.kind` must be 'multiclass' or 'multilabel', but got 'regression'.",
+        ),
+        ("targets.label", {}, "`targets.label.kind` must be 'multiclass' or 'multilabel', but is missing."),
+        ("targets.label", {"kind": "multilabel"}, "`targets.label.of` is missing."),
+        ("targets.multilabel", {"kind": "multilabel"}, "`targets.multilabel.of` is missing."),
+        ("targets.both", BOTH | {"of": []}, "`targets.both.of` must be a list of at least 1, but got []."),
         ("split.group_by", "sender", "`split.group_by` must be 'sender_id' or null, but got 'sender'."),
         (
             "models.cnn_small.kind",
@@ -107,6 +152,18 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
             "`models.cnn_small` pools an input of 8 pixels down to nothing; use fewer or smaller pools.",
         ),
         # names
+        (
+            "targets.side",
+            {"kind": "multiclass"},
+            "`targets` names 'side', which is a column that the pipeline fills itself; use another name.",
+        ),
+        (
+            "targets.both",
+            BOTH | {"of": ["colour", "given"]},
+            "`targets` names 'given', which is a column that the pipeline fills itself; use another name.",
+        ),
+        ("targets.my label", BOTH, f"every name in `targets` must be {NAMES} but one is 'my label'."),
+        ("targets.both", BOTH | {"of": ["a/b"]}, f"`targets.both.of.0` must be {NAMES} but got 'a/b'."),
         (
             "experiment.batches",
             ["spring-2"],
@@ -148,6 +205,12 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
             {"Blouse": " OTHER"},
             "`labels` names ' OTHER' under both `drop` and `merge`; a label is either dropped or merged.",
         ),
+        (
+            "training.cnn_tiny.loss",
+            ASYMMETRIC,
+            "`training.cnn_tiny.loss.kind` is 'asymmetric', which is for multilabel targets only, but 'label' is "
+            "multiclass; use 'cross_entropy' or 'focal'.",
+        ),
     ],
 )
 def test_a_wrong_value_is_exactly_one_sentence(key: str, value: Any, sentence: str) -> None:
@@ -158,8 +221,23 @@ def test_a_wrong_value_is_exactly_one_sentence(key: str, value: Any, sentence: s
 
 @pytest.mark.parametrize("folds", [[0, 2], [1, 2], [0], [], [0, 0, 1], 1, 0, -3, 1001, 10**15])
 def test_folds_must_be_consecutive(folds: Any) -> None:
-    expected = "params.yaml: `experiment.folds` must be the list 0, 1, 2, ... with at least two folds and at most 1000."
+    expected = (
+        "params.yaml: `experiment.folds` must be the list 0, 1, 2, ... with at least two folds (only 0 with "
+        "split.given: true) and at most 1000."
+    )
     assert refused(document({"experiment.folds": folds})) == expected
+
+
+@pytest.mark.parametrize("folds", [[0], 1])
+def test_the_lists_of_the_data_set_make_exactly_one_fold(folds: Any) -> None:
+    given = {"split.given": True}
+    assert params.check(document({**given, "experiment.folds": folds}), "params.yaml").experiment.folds == [0]
+    for wrong in ([0, 1], 5):
+        assert refused(document({**given, "experiment.folds": wrong})) == (
+            "params.yaml: `experiment.folds` must be [0] with split.given: true, since the val list is the one fold to "
+            f"score; but it lists {2 if wrong == [0, 1] else 5} folds."
+        )
+    assert "must be the list 0, 1, 2, ..." in refused(document({**given, "experiment.folds": [1]}))
 
 
 def test_a_number_of_folds_is_taken_for_the_list() -> None:
@@ -179,7 +257,13 @@ def test_every_missing_key_is_named() -> None:
         inner = enumerate(block) if isinstance(block, list) else block.items() if isinstance(block, dict) else []
         return [key for name, value in inner for key in [f"{path}{name}", *keys(value, f"{path}{name}.")]]
 
-    free = {"models.cnn_small", "models.cnn_tiny", "training.cnn_small", "training.cnn_tiny"}  # names of the user's own
+    kinds = {
+        "models": "'frozen' or 'custom_cnn'",
+        "targets": "'multiclass' or 'multilabel'",
+        "training": "'cross_entropy', 'focal' or 'asymmetric'",
+    }
+    # names of the user's own
+    free = {"targets.label", "models.cnn_small", "models.cnn_tiny", "training.cnn_small", "training.cnn_tiny"}
     for key in keys(document(), ""):
         *parents, last = key.split(".")
         if last.isdigit() or key in free:
@@ -188,10 +272,27 @@ def test_every_missing_key_is_named() -> None:
         for part in parents:
             block = block[int(part) if part.isdigit() else part]
         del block[last]
-        expected = (
-            f"`{key}` is missing." if last != "kind" else f"`{key}` must be 'frozen' or 'custom_cnn', but is missing."
-        )
+        expected = f"`{key}` is missing." if last != "kind" else f"`{key}` must be {kinds[parents[0]]}, but is missing."
         assert refused(settings) == f"params.yaml: {expected}"
+
+
+def test_what_a_block_of_targets_says() -> None:
+    targets = {"colour": {"kind": "multiclass"}, "both": BOTH}
+    loaded = params.check(document({"targets": targets, "labels.top_classes": 2}), "params.yaml")
+    assert {name: target.columns(name) for name, target in loaded.targets.items()} == {
+        "colour": ["colour"], "both": ["colour", "garment"]
+    }  # fmt: skip
+    assert loaded.labels.top_classes == 2
+
+
+@pytest.mark.parametrize("loss", [{"kind": "focal", "gamma": 2.0}, ASYMMETRIC], ids=lambda loss: loss["kind"])
+def test_only_cross_entropy_smooths_labels(loss: dict[str, Any]) -> None:
+    chosen = {"targets": {"both": BOTH}, "training.cnn_tiny.loss": loss}
+    assert params.check(document(chosen), "params.yaml").training["cnn_tiny"].loss.model_dump() == loss
+    assert refused(document({**chosen, "training.cnn_tiny.label_smoothing": 0.1})) == (
+        f"params.yaml: `training.cnn_tiny` has label_smoothing 0.1 with `loss.kind: {loss['kind']}`, but only "
+        "cross_entropy can smooth labels; set label_smoothing to 0."
+    )
 
 
 def test_several_mistakes_are_all_named() -> None:

@@ -25,6 +25,7 @@ from pipeline_steps.errors import PleatError
 from pipeline_steps.registry import Registry
 from pipeline_steps.serving.classifier import Classifier
 from pipeline_steps.serving.images import resize_crop
+from pipeline_steps.targets import Target
 from pipeline_steps.vision.networks import CustomCnn
 
 pytest_plugins = ["s3_store"]
@@ -71,12 +72,12 @@ def write_package(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     network = CustomCnn([(4, 3, 2), (8, 3, 2)], len(CLASSES), hidden=0, dropout=0.0)
     about = {
-        "classes": {"label": CLASSES},
         "preprocessing": {"resize": 32, "crop": 32, "interpolation": "bilinear"},
         "max_pixels": 1_000_000,
     }
     folder.mkdir(parents=True)
-    package.write(folder, package.Answering(network, mirror=True), 32, about, encode(draw(0)))
+    label = Target("label", False, ["label"], CLASSES)
+    package.write(folder, package.Answering(network, [label], mirror=True), 32, about, encode(draw(0)))
 
 
 def answers(folder: Path, files: list[Path]) -> list[np.ndarray]:

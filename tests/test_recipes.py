@@ -16,9 +16,12 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 SHARED = (
     """\
 experiment: {recipe: shared, seed: 1, batches: [sample], models: [a, b, c], folds: 3}   # a number of folds
+targets:
+  label: {kind: multiclass}
 ingest: {format: auto, min_side_px: 16, max_pixels: 50_000_000}
-labels: {drop: [], merge: {}}
+labels: {drop: [], merge: {}, top_classes: null}
 split:
+  given: false
   group_by: null
   near_copy_max_distance: 4
   holdout: {fraction: 0.0, salt: 'it''s'}
@@ -39,6 +42,7 @@ training:
     batch_size: 32
     learning_rate: 0.003
     weight_decay: 0.01
+    loss: {kind: cross_entropy}
     label_smoothing: 0.0
     class_weights: none
     weight_average: 0.0
@@ -134,7 +138,7 @@ def test_a_number_of_folds_becomes_the_list_that_the_matrix_needs(root: Path) ->
         ("experiment.seed", ["Expected --set KEY=VALUE, but got 'experiment.seed'"]),
         ("experiment.sed=1", ["has no key `experiment.sed`", "the nearest are experiment.seed"]),
         ("min_side_px=1", ["has no key `min_side_px`", "ingest.min_side_px"]),
-        ("zzz=1", ["has no key `zzz`; its blocks are experiment, ingest, labels"]),
+        ("zzz=1", ["has no key `zzz`; its blocks are experiment, targets, ingest, labels"]),
         ("models.new={kind: frozen}", ["has no key `models.new`"]),
         ("models.custom_cnn.blocks.7.filters=1", ["has no key `models.custom_cnn.blocks.7.filters`"]),
         ("experiment.batches=[a", ["--set experiment.batches: '[a' is not valid YAML"]),
@@ -160,9 +164,10 @@ def test_a_wrong_override_is_a_sentence_and_leaves_params_alone(
     assert not list(root.glob(".*"))
 
 
-@pytest.mark.parametrize("name", ["dogs", "../clothing", "clothing.yaml", "", "/etc/passwd"])
+@pytest.mark.parametrize("name", ["cats", "../clothing", "clothing.yaml", "", "/etc/passwd"])
 def test_an_unknown_recipe_lists_those_there_are(root: Path, name: str) -> None:
-    with pytest.raises(PleatError, match=f"no recipe '{name}'; there are clothing, sample, shared"):
+    known = ", ".join(sorted([*(path.stem for path in RECIPES.glob("*.yaml")), "shared"]))
+    with pytest.raises(PleatError, match=f"no recipe '{name}'; there are {known}"):
         recipes.use(name, [], root)
 
 

@@ -27,6 +27,7 @@ from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_su
 from pipeline_steps import package, refit
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import read_json, write_json
+from pipeline_steps.metrics import HEADLINES
 from pipeline_steps.train import CHECKPOINTS
 from pipeline_steps.vision.engine import Epoch
 
@@ -79,7 +80,7 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
 
 
 def holdout(root: Path) -> pd.DataFrame:
-    return pd.read_parquet(root / "data" / "refit" / "holdout.parquet")
+    return pd.read_parquet(root / "data" / "refit" / "holdout" / "label.parquet")
 
 
 def metrics(root: Path) -> dict[str, Any]:
@@ -109,9 +110,11 @@ def test_it_learns_from_every_sample_of_the_train_side_and_from_no_other(
     seen: dict[str, Any] = {}
     original = refit.fit
 
-    def spy(network: Any, inputs: Any, labels: Any, train_rows: torch.Tensor, inner_rows: Any, *rest: Any) -> Any:
-        seen.update(rows=train_rows, inner=inner_rows, schedule=rest[0], labels=labels)
-        return original(network, inputs, labels, train_rows, inner_rows, *rest)
+    def spy(
+        network: Any, objective: Any, inputs: Any, codes: Any, train_rows: torch.Tensor, inner_rows: Any, *rest: Any
+    ) -> Any:
+        seen.update(rows=train_rows, inner=inner_rows, schedule=rest[0], codes=codes)
+        return original(network, objective, inputs, codes, train_rows, inner_rows, *rest)
 
     monkeypatch.setattr(refit, "fit", spy)
     refit.run(params(), fresh)
@@ -120,7 +123,7 @@ def test_it_learns_from_every_sample_of_the_train_side_and_from_no_other(
     assert set(samples.index[seen["rows"].tolist()]) == train
     assert len(seen["rows"]) == len(train) == 36
     assert seen["inner"] is None
-    assert [sorted(CLASSES)[code] for code in seen["labels"]] == samples["label"].tolist()
+    assert [sorted(CLASSES)[code] for (code,) in seen["codes"].tolist()] == samples["label"].tolist()
     assert seen["schedule"].n_epochs == EPOCHS == statistics.median(BEST_EPOCHS)
     assert seen["schedule"].seed not in {params().experiment.seed * 1000 + fold for fold in range(3)}
     listed = (fresh / "data" / "refit" / "package" / refit.TRAINED_ON).read_text().splitlines()
@@ -149,7 +152,7 @@ def test_epochs_are_the_median_of_what_the_folds_chose(chosen: list[int], expect
     assert summary["epochs"] == len(epochs) == expected
     history = pd.read_csv(fresh / "data" / "refit" / "history.csv")
     assert history["epoch"].tolist() == list(range(1, expected + 1))
-    assert list(history) == ["epoch", "train_loss"]
+    assert list(history) == ["epoch", "train_loss", "train_accuracy"]
 
 
 def test_of_an_even_number_of_folds_the_later_of_the_two_middle_epochs_is_taken(fresh: Path) -> None:
@@ -162,7 +165,7 @@ def test_the_same_inputs_give_the_same_bytes(done: Path, fresh: Path, monkeypatc
     refit.run(params(), fresh)
     assert outputs(fresh) == outputs(done)
     assert {name for name in outputs(done) if "/code/" not in name} == {
-        "data/refit/history.csv", "data/refit/holdout.parquet", "data/refit/metrics.json",
+        "data/refit/history.csv", "data/refit/holdout/label.parquet", "data/refit/metrics.json",
         *(f"data/refit/package/{name}" for name in (
             "README.md", "about.json", "example.jpg", "model.py", "network.onnx", "requirements.txt",
             "state.safetensors", "trained_on.txt",
@@ -217,6 +220,7 @@ def test_scores_are_those_of_scikit_learn(done: Path) -> None:
     assert (rows["label"].to_numpy() == samples.loc[rows["sample_id"], "label"].to_numpy()).all()
     assert (rows["group"].to_numpy() == samples.loc[rows["sample_id"], "group"].to_numpy()).all()
     assert (found["n_train"], found["n_holdout"], found["model"]) == (36, 12, MODEL)
+    assert found["targets"] == {"label": {name: found[name] for name in HEADLINES}}
 
 
 def test_without_a_holdout_it_trains_on_all_and_says_what_is_not_known(fresh: Path) -> None:

@@ -29,15 +29,18 @@ from pipeline_steps.serving.classifier import Classifier
 from pipeline_steps.serving.images import decode, resize_crop
 from pipeline_steps.serving.pyfunc import ImageModel
 from pipeline_steps.serving.upright import is_plain_jpeg, open_image
+from pipeline_steps.targets import Target
 from pipeline_steps.vision.networks import CustomCnn
 
 pytest_plugins = ["served_model"]
+
+LABEL = Target("label", False, ["label"], CLASSES)
 
 
 def rebuilt(packaged: Path) -> package.Answering:
     """The network from the code that trained it and the package's weights."""
     blocks = [tuple(block.values()) for block in CNN["blocks"]]
-    network = package.Answering(CustomCnn(blocks, len(CLASSES), hidden=0, dropout=0.1), mirror=True)
+    network = package.Answering(CustomCnn(blocks, len(CLASSES), hidden=0, dropout=0.1), [LABEL], mirror=True)
     network.load_state_dict(load_file(packaged / "state.safetensors"), strict=True)
     return network
 
@@ -54,7 +57,7 @@ def test_answers_are_those_of_torch_and_of_the_pipelines_own_evaluation(
     assert served.std(axis=0).min() > 0.01, "answers differ from image to image"
     pixels = torch.stack([resize_crop(decode(image, True), 32, 32) for image in images])
     with torch.inference_mode():
-        np.testing.assert_allclose(served, rebuilt(packaged)(pixels), atol=1e-5)
+        np.testing.assert_allclose(served, rebuilt(packaged)(pixels)[0], atol=1e-5)
         plain = rebuilt(packaged).network(pixels).softmax(1)
     assert np.abs(served - plain.numpy()).max() > CLOSE, "both views count"
 
@@ -94,7 +97,7 @@ def test_weights_lie_in_safetensors_and_nowhere_else(packaged: Path, own: Path) 
 
 
 def test_a_graph_that_differs_from_the_network_is_not_packaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    network = package.Answering(CustomCnn([(8, 3, 2)], 3, hidden=0, dropout=0.0), mirror=False)
+    network = package.Answering(CustomCnn([(8, 3, 2)], 3, hidden=0, dropout=0.0), [LABEL], mirror=False)
     original = package._exported
 
     def exported(*arguments: Any) -> bytes:
@@ -104,9 +107,8 @@ def test_a_graph_that_differs_from_the_network_is_not_packaged(tmp_path: Path, m
         return graph
 
     monkeypatch.setattr(package, "_exported", exported)
-    about = {"classes": {"label": list("abc")}, "preprocessing": {}, "max_pixels": 1}
     with pytest.raises(RuntimeError, match=r"other values than the network for network.head.layers.1.bias"):
-        package.write(tmp_path, network, 32, about, b"")
+        package.write(tmp_path, network, 32, {"preprocessing": {}, "max_pixels": 1}, b"")
 
 
 def is_pickle(data: bytes) -> bool:
@@ -178,6 +180,7 @@ def test_about_names_what_the_model_needs_to_be_used_right(refitted: Path, packa
     assert about["max_pixels"] == params().ingest.max_pixels
     assert about["model"] == "chosen"
     assert about["data_version"] == "batch=unversioned"
+    assert about.keys() == {"classes", "data_version", "max_pixels", "model", "preprocessing"}
     state = load_file(packaged / "state.safetensors")
     np.testing.assert_allclose(state["network.pixel_mean"].flatten() / 255, [0.485, 0.456, 0.406], rtol=1e-6)
     np.testing.assert_allclose(state["network.pixel_std"].flatten() / 255, [0.229, 0.224, 0.225], rtol=1e-6)

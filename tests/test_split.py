@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import content, load_params, names, write_ingested
+from conftest import content, load_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from sklearn.model_selection import StratifiedKFold
+from split_help import labelled, run, side_of, two_sides, write_data
 
 from pipeline_steps import split
 from pipeline_steps.errors import PleatError
@@ -26,6 +27,7 @@ NEAR = 4  # bits, as in params.yaml
 
 def settings_of(fraction: float = 0.5, group_by: str | None = None, distance: int = NEAR) -> Split:
     return Split(
+        given=False,
         group_by=group_by,  # type: ignore[arg-type]
         near_copy_max_distance=distance,
         holdout=Holdout(fraction=fraction, salt="pleat"),
@@ -140,18 +142,6 @@ def test_the_fraction_is_kept_and_grows_without_letting_go() -> None:
     assert len(other & sides[0.15]) < 0.2 * len(other), "another salt is another holdout"
 
 
-def side_of(name: str, fraction: float = 0.5) -> str:
-    return "holdout" if split.in_holdout(name, Holdout(fraction=fraction, salt="pleat")) else "train"
-
-
-def two_sides() -> tuple[str, str]:
-    """A sample of the training part and one of the holdout."""
-    ids = [f"{number:064x}" for number in range(20)]
-    return next(name for name in ids if side_of(name) == "train"), next(
-        name for name in ids if side_of(name) == "holdout"
-    )
-
-
 def test_only_the_sample_between_the_sides_is_left_out() -> None:
     train, holdout = two_sides()
     rows = assigned(
@@ -199,35 +189,6 @@ def test_thousands_of_equal_pictures_take_no_memory_to_speak_of() -> None:
 
 
 # ---- the stage
-
-
-def write_data(root: Path, batches: dict[str, list[dict[str, Any]]], dropped: tuple[str, ...] = ()) -> None:
-    """What `ingest` and `validate` leave; rows without phash get one far from all others."""
-    validated = []
-    rng = np.random.default_rng(0)
-    for batch, rows in batches.items():
-        filled = [
-            {"sample_id": f"{batch}{number}".encode().hex().rjust(64, "0"), "phash": rng.bytes(8).hex(), **row}
-            for number, row in enumerate(rows)
-        ]
-        write_ingested(root, batch, filled)
-        validated.append(pd.read_parquet(root / "data" / "ingest" / batch / "manifest.parquet"))
-    (root / "data" / "validate").mkdir(parents=True, exist_ok=True)
-    manifest = pd.concat(validated)
-    manifest[~manifest["label"].isin(dropped)].to_parquet(root / "data" / "validate" / "manifest.parquet", index=False)
-
-
-def run(root: Path, **overrides: Any) -> pd.DataFrame:
-    keys = {
-        f"split.{key.replace('__', '.')}": value for key, value in overrides.items() if key not in ("folds", "seed")
-    }
-    keys |= {f"experiment.{key}": overrides[key] for key in ("folds", "seed") if key in overrides}
-    split.run(load_params({"experiment.batches": names(root / "data" / "ingest"), **keys}), root)
-    return pd.read_parquet(root / "data" / "split" / "folds.parquet")
-
-
-def labelled(**counts: int) -> list[dict[str, Any]]:
-    return [{"label": label} for label, n in counts.items() for _ in range(n)]
 
 
 SIZES = {"Hat": 203, "Pants": 150, "Shirt": 77, "Top": 23, "Body": 11, "Cap": 5}
@@ -329,12 +290,13 @@ def test_a_class_too_small_for_the_folds_is_named_with_the_choices(tmp_path: Pat
     with pytest.raises(PleatError) as caught:
         run(tmp_path, holdout__fraction=0)
     assert str(caught.value) == (
-        "Too few samples outside the holdout for 5 folds: class 'Cap' has 4, class 'Scarf' has 2. Drop such a class "
-        "(labels.drop), merge it into another one (labels.merge), or use fewer folds (experiment.folds)."
+        "Too few samples outside the holdout for 5 folds: class 'Cap' of target label has 4, class 'Scarf' of target "
+        "label has 2. Drop such a class (labels.drop), merge it into another one (labels.merge), or use fewer folds "
+        "(experiment.folds)."
     )
     assert not (tmp_path / "data" / "split").exists()
     assert set(run(tmp_path, holdout__fraction=0, folds=[0, 1])["fold"]) == {0, 1}
-    with pytest.raises(PleatError, match="class 'Cap' has 0, class 'Hat' has 0"):
+    with pytest.raises(PleatError, match="class 'Cap' of target label has 0, class 'Hat' of target label has 0"):
         run(tmp_path, holdout__fraction=0.999999)
 
 
@@ -349,8 +311,10 @@ def test_fewer_groups_than_folds_is_a_sentence_and_a_class_of_few_groups_a_warni
     few = [{"label": "Cap", "sender_id": "one"} for _ in range(9)]
     write_data(tmp_path / "few", {"a": [*labelled(Hat=30), *few]})
     folds = run(tmp_path / "few", group_by="sender_id", holdout__fraction=0)
-    assert "class 'Cap' comes from 1 groups only, so some folds will not hold it" in capsys.readouterr().out
-    assert folds.loc[folds["label"] == "Cap", "fold"].nunique() == 1
+    (lone,) = folds.loc[folds["label"] == "Cap", "fold"].unique()
+    others = ", ".join(f"fold {number}" for number in range(5) if number != lone)
+    warning = f"split: warning: no sample of class 'Cap' of target label in {others}, so no score there\n"
+    assert warning in capsys.readouterr().out
     assert folds["fold"].nunique() == 5
 
 
@@ -379,3 +343,54 @@ def test_the_real_clothing_set(clothing: Path) -> None:
             assert (per_fold.max(axis=1) - per_fold.min(axis=1)).max() <= 2
         assert (rows[rows["side"] == "train"].groupby("group")["fold"].nunique() == 1).all()
         assert (rows.groupby("group")["side"].nunique() == 1).all()
+
+
+# ---- several targets
+
+
+def test_the_label_columns_of_all_targets_stand_in_the_tables(tmp_path: Path) -> None:
+    train, holdout = two_sides()
+    names = [(colour, garment) for _ in range(20) for colour in ("red", "blue") for garment in ("hat", "cap")]
+    pairs = [{"colour": colour, "garment": garment} for colour, garment in names]
+    pairs[0] |= {"sample_id": train, "phash": f"{0:016x}"}
+    pairs[1] |= {"sample_id": holdout, "phash": f"{0b11111111:016x}"}
+    between = {"sample_id": "f" * 64, "phash": f"{0b1111:016x}", "colour": "red", "garment": "cap"}
+    write_data(tmp_path, {"a": pairs, "b": [between]})
+    tags = {"tags": {"kind": "multilabel", "of": ["garment", "colour"]}}
+    both = {"colour": {"kind": "multiclass"}, "garment": {"kind": "multiclass"}}
+    for targets, columns in ((both, ["colour", "garment"]), (tags, ["garment", "colour"]), (tags | both, [])):
+        rows = run(tmp_path, targets, holdout__fraction=0.5)
+        columns = columns or ["garment", "colour"]
+        assert list(rows.columns) == ["sample_id", "batch", *columns, "group", "side", "fold"]
+        manifest = pd.read_parquet(tmp_path / "data" / "validate" / "manifest.parquet").set_index("sample_id")
+        assert (rows.set_index("sample_id")[columns] == manifest.loc[rows["sample_id"], columns]).all(axis=None)
+        left_out = pd.read_parquet(tmp_path / "data" / "split" / "straddling.parquet")
+        assert list(left_out.columns) == ["sample_id", "batch", "source_path", *columns, "detail"]
+        assert list(left_out["sample_id"]) == ["f" * 64]
+
+
+@pytest.mark.parametrize("kind", ["multiclass", "multilabel"])
+def test_the_reports_of_several_targets_count_every_class_of_each(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [{"colour": rng.choice(["red", "blue"]), "garment": rng.choice(["hat", "cap", "tie"])} for _ in range(200)]
+    write_data(tmp_path, {"a": rows})
+    targets: dict[str, Any] = {"garment": {"kind": "multiclass"}, "colour": {"kind": "multiclass"}}
+    if kind == "multilabel":
+        targets = {"tags": {"kind": "multilabel", "of": ["colour", "garment"]}}
+    folds = run(tmp_path, targets, holdout__fraction=0.2, folds=[0, 1, 2])
+    balance = pd.read_csv(tmp_path / "reports" / "split" / "balance.csv")
+    counted = Counter()
+    for column in ("colour", "garment"):
+        counted.update(zip(folds[column], folds["fold"], strict=True))
+    parts = ["fold 0", "fold 1", "fold 2", "holdout"]
+    for _, row in balance.iterrows():
+        assert list(row[parts]) == [counted[row["label"], fold] for fold in (0, 1, 2, -1)]
+    if kind == "multilabel":
+        assert list(balance.columns) == ["label", *parts]
+        assert list(balance["label"]) == ["blue", "cap", "hat", "red", "tie"]
+    else:
+        assert list(balance.columns) == ["target", "label", *parts]
+        assert list(balance["target"]) == ["garment"] * 3 + ["colour"] * 2
+        assert list(balance["label"]) == ["cap", "hat", "tie", "blue", "red"]
+    with Image.open(tmp_path / "reports" / "split" / "balance.png") as picture:
+        assert picture.height > 34 * len(balance)

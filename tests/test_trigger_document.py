@@ -94,10 +94,18 @@ ingest:
   format: class_folders
   min_side_px: 1
   max_pixels: 1000
+targets:
+  "on":
+    kind: multiclass
+  tags:
+    kind: multilabel
+    of: ["on", colour]
 labels:
   drop: []
   merge: {}
+  top_classes: 10
 split:
+  given: false
   group_by: sender_id
   near_copy_max_distance: 0
   holdout:
@@ -127,6 +135,8 @@ training:
     batch_size: 1
     learning_rate: 1
     weight_decay: 0
+    loss:
+      kind: cross_entropy
     label_smoothing: 0
     class_weights: balanced
     weight_average: 0
@@ -141,6 +151,8 @@ training:
     batch_size: 1
     learning_rate: 1
     weight_decay: 1.0e+22
+    loss:
+      kind: cross_entropy
     label_smoothing: 0
     class_weights: balanced
     weight_average: 0
@@ -155,6 +167,8 @@ training:
     batch_size: 32
     learning_rate: 1.0e-07
     weight_decay: 0.01
+    loss:
+      kind: cross_entropy
     label_smoothing: 0.0
     class_weights: none
     weight_average: 0.0
@@ -182,6 +196,13 @@ inbox:
     new_labels: true
 """
     )
+
+
+def test_a_recipe_keeps_its_targets_and_the_split_of_its_data_set(root: Path) -> None:
+    settings = settings_of(root, {"recipe": "attributes", "folds": 5, "models": ["cnn_tiny"]})
+    assert list(settings["targets"]) == [f"category{number}" for number in range(1, 7)]
+    assert settings["split"]["given"] is True
+    assert settings["experiment"]["folds"] == [0], "the data set's own val list is the one fold"
 
 
 def test_aliases_and_words_that_look_like_other_types(tangled: Path) -> None:
@@ -262,7 +283,8 @@ def check_document(root: Path, form: Form, conf: Mapping[str, Any]) -> None:
     assert chosen.recipe == source.recipe
     assert chosen.models == (conf.get("models") or source.models)
     assert chosen.batches == conf.get("batches", form["batches"]["default"])
-    assert chosen.folds == (list(range(int(conf["folds"]))) if conf.get("folds") else source.folds)
+    ask = conf.get("folds") and not loaded.split.given
+    assert chosen.folds == (list(range(int(conf["folds"]))) if ask else source.folds)
     overrides = conf.get("overrides") or {}
     for model in chosen.models:
         if conf.get("epochs"):
@@ -354,7 +376,10 @@ def test_values_from_anywhere_are_used_or_refused_in_a_sentence(either: Path, fo
             {"epoch": 3},
             "there is no field 'epoch'; the fields are recipe, models, folds, epochs, batches, promote, overrides.",
         ),
-        ({"recipe": "x"}, "`recipe` names 'x'; there are params.yaml, clothing, sample."),
+        (
+            {"recipe": "x"},
+            "`recipe` names 'x'; there are params.yaml, apparel, attributes, clothing, clothing_top10, dogs, sample.",
+        ),
         ({"batches": ["x"]}, "`batches` names 'x'; there are clothing, sample."),
         ({"models": "cnn_tiny"}, "`models` must be a list, but got 'cnn_tiny'."),
         ({"folds": 1}, "`folds` must be a whole number from 2 to 100, but got 1."),

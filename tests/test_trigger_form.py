@@ -49,6 +49,9 @@ SHARED_KEYS = [
 ]
 
 
+RECIPES = ["apparel", "attributes", "clothing", "clothing_top10", "dogs", "sample"]
+
+
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     return checkout(tmp_path)
@@ -61,7 +64,10 @@ def tangled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_fields_of_this_checkout(root: Path) -> None:
     form = trigger_form.fields(root)
-    models = ["cnn_small", "cnn_tiny", "mobilenetv2_100", "convnext_tiny", "custom_cnn"]
+    models = [
+        "cnn_small", "cnn_tiny", "mobilenetv2_100", "resnet50", "vgg16", "inception_v3", "custom_cnn", "convnext_large",
+        "convnext_tiny", "convnext_base",
+    ]  # fmt: skip
     assert {name: field["default"] for name, field in form.items()} == {
         "recipe": "params.yaml",
         "models": [],
@@ -71,7 +77,7 @@ def test_the_fields_of_this_checkout(root: Path) -> None:
         "promote": "as in the recipe",
         "overrides": {},
     }
-    assert form["recipe"]["enum"] == ["params.yaml", "clothing", "sample"]
+    assert form["recipe"]["enum"] == ["params.yaml", *RECIPES]
     assert form["models"]["examples"] == form["models"]["items"]["enum"] == models
     assert form["batches"]["examples"] == form["batches"]["items"]["enum"] == ["clothing", "sample"]
     assert set(form["overrides"]["properties"]) == {
@@ -101,7 +107,7 @@ def test_the_fields_of_this_checkout(root: Path) -> None:
         ("models.cnn_tiny.input_size", [16], [15]),
         ("training.cnn_tiny.learning_rate", [5e-324, 1e308, 10**308], [0, -0.0, math.nan, math.inf, 10**400, True]),
         ("training.cnn_tiny.inner_fraction", [0.5, 1e-300], [0, 0.51, math.nan]),
-        ("training.cnn_tiny.class_weights", ["none", "balanced"], [None, "None", ["none"]]),
+        ("training.cnn_tiny.class_weights", ["none", "balanced", "inverse"], [None, "None", ["none"]]),
         ("training.cnn_tiny.mirror", [True, False], [1, 0, "true", None]),
     ],
 )
@@ -122,7 +128,7 @@ def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_n
 @pytest.mark.parametrize(
     ("field", "value", "named"),
     [
-        ("recipe", "sampel", "'sampel' is not one of ['params.yaml', 'clothing', 'sample']"),
+        ("recipe", "sampel", f"'sampel' is not one of {['params.yaml', *RECIPES]}"),
         ("recipe", None, "None is not of type 'string'"),
         ("models", ["cnn_small", "cnn_smal"], "'cnn_smal' is not one of"),
         ("models", ["cnn_small", "cnn_small"], "has non-unique elements"),
@@ -144,6 +150,9 @@ def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_n
         ("overrides", {"experiment.models": ["cnn_tiny"]}, "On instance['experiment.models']"),
         ("overrides", {"experiment.recipe": "mine"}, "On instance['experiment.recipe']"),
         ("overrides", {"labels.drop": []}, "On instance['labels.drop']"),
+        ("overrides", {"labels.top_classes": 5}, "On instance['labels.top_classes']"),
+        ("overrides", {"targets.label.kind": "multilabel"}, "On instance['targets.label.kind']"),
+        ("overrides", {"split.given": True}, "On instance['split.given']"),
         ("overrides", {"split.holdout.salt": "x"}, "On instance['split.holdout.salt']"),
         ("overrides", {"models.mobilenetv2_100.weights": "/tmp/x"}, "On instance['models.mobilenetv2_100.weights']"),
         ("overrides", {"models.cnn_tiny.blocks.0.pool": 64}, "On instance['models.cnn_tiny.blocks.0.pool']"),

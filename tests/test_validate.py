@@ -2,40 +2,17 @@
 
 import re
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import content, load_params, names, pleat, write_ingested, write_params
+from validate_help import ENOUGH, entry, labelled, run, suite
 
 from pipeline_steps import validate
 from pipeline_steps.errors import PleatError
 from pipeline_steps.expectations import read_suite
 from pipeline_steps.files import read_json
-
-
-def run(root: Path, **overrides: Any) -> tuple[pd.DataFrame, pd.DataFrame, dict]:
-    batches = names(root / "data" / "ingest")
-    keys = {f"labels.{key}": value for key, value in overrides.items()} | {"experiment.batches": batches}
-    validate.run(load_params({"labels.drop": [], "labels.merge": {}} | keys), root)
-    folder = root / "data" / "validate"
-    return (
-        pd.read_parquet(folder / "manifest.parquet"),
-        pd.read_parquet(folder / "quarantine.parquet"),
-        read_json(folder / "counts.json"),
-    )
-
-
-def labelled(*labels: str) -> list[dict[str, Any]]:
-    return [{"label": label} for label in labels]
-
-
-def suite(root: Path, text: str) -> None:
-    (root / validate.SUITE).write_text(text)
-
-
-ENOUGH = labelled(*["Hat"] * 6, *["Pants"] * 6)
 
 
 def test_labels_are_dropped_whatever_their_case_and_outer_space(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,7 +28,7 @@ def test_labels_are_dropped_whatever_their_case_and_outer_space(root: Path, caps
         ],
     )
     manifest, quarantine, counts = run(root, drop=["Not sure", "OTHER ", "Skip", "Unseen"])
-    assert counts["labels"] == {"Hat": 6, "Pants": 6, "Otherwise": 1, "Not  sure": 1}
+    assert counts["labels"] == {"label": {"Hat": 6, "Pants": 6, "Otherwise": 1, "Not  sure": 1}}
     assert list(manifest["label"]) == [*["Hat"] * 6, *["Pants"] * 6, "Otherwise", "Not  sure"]
     assert counts["dropped"] == {
         "Not sure": {"samples": 3, "rows_without_image": 0},
@@ -76,8 +53,8 @@ def test_labels_are_dropped_whatever_their_case_and_outer_space(root: Path, caps
 def test_labels_are_merged_and_outer_space_is_no_class_of_its_own(root: Path) -> None:
     write_ingested(root, "b", [*ENOUGH, *labelled("blouse", "Blouse ", " Hat", "Cap")])
     manifest, _, counts = run(root, merge={"Blouse": "Shirt", "Cap": "Hat", "Nothing": "Hat"})
-    assert counts["labels"] == {"Hat": 8, "Pants": 6, "Shirt": 2}
-    assert dict(manifest["label"].value_counts()) == counts["labels"]
+    assert counts["labels"] == {"label": {"Hat": 8, "Pants": 6, "Shirt": 2}}
+    assert dict(manifest["label"].value_counts()) == counts["labels"]["label"]
     assert counts["merged"] == {"Blouse": 2, "Cap": 1, "Nothing": 0}
 
 
@@ -190,11 +167,6 @@ def test_one_column_may_have_several_expectations_of_one_kind(root: Path) -> Non
     assert [re.findall(r"w\d+", warning) for warning in counts["warnings"]] == [["w100"], ["w65"]]
 
 
-def entry(expect: str = "expect_column_values_to_be_between", **values: Any) -> str:
-    values = {"expect": expect, "severity": "critical", "why": "so it is", "advice": "Mend it."} | values
-    return "- " + "\n  ".join(f"{key}: {value}" for key, value in values.items() if value is not None)
-
-
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -254,7 +226,7 @@ def test_the_pages_stand_alone_and_hold_every_expectation(root: Path) -> None:
     assert names(folder) == ["index.html", "results.html", "suite.html"]
     pages = {name: (folder / name).read_text() for name in names(folder)}
     for name, page in pages.items():
-        for rule in read_suite(root / validate.SUITE):
+        for rule in read_suite(root / validate.SUITE, ["label"]):
             assert rule.why in page, (name, rule.why)
         assert not re.search(
             r"""(src|href)=["']?(https?:)?//(?!greatexpectations\.io|docs\.greatexpectations)""", page
@@ -290,10 +262,18 @@ def test_the_manifest_of_the_real_clothing_set(real_data: Path, clothing: Path) 
     assert counts["drop_matched_nothing"] == ["Others"]
     kept = table[has_image & ~table["label"].isin(["Not sure", "Other", "Skip"])]
     assert counts["samples"] == len(kept) == 5096
-    assert counts["labels"] == dict(kept["label"].value_counts())
-    assert len(counts["labels"]) == 17
+    assert counts["labels"] == {"label": dict(kept["label"].value_counts())}
+    assert len(counts["labels"]["label"]) == 17
     assert counts["quarantine"] == {"no label": 358, "missing file": 5, "dropped label": 302}
     assert counts["warnings"] == []
     manifest = pd.read_parquet(clothing / "data" / "validate" / "manifest.parquet")
     assert sorted(Path(path).stem for path in manifest["source_path"]) == sorted(kept["image"])
     assert np.all(manifest[["width", "height"]].min(axis=1) >= 16)
+
+
+def test_the_ten_most_frequent_classes_of_the_real_clothing_set(real_data: Path, clothing: Path, root: Path) -> None:
+    (root / "data" / "ingest").symlink_to(clothing / "data" / "ingest")
+    _, _, counts = run(root, drop=["Not sure", "Other", "Skip"], top_classes=10)
+    before = read_json(clothing / "data" / "validate" / "counts.json")["labels"]["label"]
+    assert counts["labels"]["label"] == dict(sorted(before.items(), key=lambda item: -item[1])[:10])
+    assert counts["quarantine"]["not a top class"] == sum(before.values()) - counts["samples"] == 582

@@ -24,10 +24,13 @@ OWN = (
 split: &split
   holdout: {salt: "1e3", fraction: 0.0}
   near_copy_max_distance: 4
+  given: false
   group_by: null
 experiment: {recipe: mine, seed: 1, batches: [there], models: ["on", net.v2], folds: 3}
 ingest: {format: auto, min_side_px: 16, max_pixels: 50_000_000}
-labels: {drop: ["Off", "12:30"], merge: {"0x1F": "no", "a\\tb": "é"}}
+targets:
+  label: {kind: multiclass}
+labels: {drop: ["Off", "12:30"], merge: {"0x1F": "no", "a\\tb": "é"}, top_classes: null}
 models:
   "on": {kind: custom_cnn, input_size: 64, blocks: &blocks [{filters: 8, kernel: 3, pool: 2}]}
   net.v2: {kind: custom_cnn, input_size: 64, blocks: *blocks}
@@ -41,6 +44,7 @@ training:
     batch_size: 32
     learning_rate: 1e-5
     weight_decay: 0.01
+    loss: {kind: cross_entropy}
     label_smoothing: 0.0
     class_weights: none
     weight_average: 0.0
@@ -52,15 +56,17 @@ training:
 OTHER = """\
 experiment: {recipe: other, seed: 2, batches: [elsewhere], models: [half], folds: [0, 1]}
 ingest: {format: class_folders, min_side_px: 1, max_pixels: 1000}
-labels: {drop: [], merge: {}}
-split: {group_by: sender_id, near_copy_max_distance: 0, holdout: {fraction: 0.5, salt: other}}
+targets: {"on": {kind: multiclass}, tags: {kind: multilabel, of: ["on", colour]}}
+labels: {drop: [], merge: {}, top_classes: 10}
+split: {given: false, group_by: sender_id, near_copy_max_distance: 0, holdout: {fraction: 0.5, salt: other}}
 models:
   half: {kind: custom_cnn, input_size: 8, blocks: [{filters: 8, kernel: 3, pool: 1}]}
   net.v2: {kind: frozen, backbone: resnet18, weights: null}
   "on": {kind: custom_cnn, input_size: 9, blocks: [{filters: 8, kernel: 3, pool: 3}, {filters: 8, kernel: 3, pool: 3}]}
 training:
   half: &training {head: {hidden: 0, dropout: 0.2}, max_epochs: 1, patience: 1, inner_fraction: 0.5, batch_size: 1,
-    learning_rate: 1, weight_decay: 0, label_smoothing: 0, class_weights: balanced, weight_average: 0, mirror: false}
+    learning_rate: 1, weight_decay: 0, loss: {kind: cross_entropy}, label_smoothing: 0, class_weights: balanced,
+    weight_average: 0, mirror: false}
   net.v2: {<<: *training, max_epochs: 60}
 promotion: {model: other, mode: approve, floors: {f1_weighted: 0, f1_macro: 1}, min_gain: 1, confidence: 0.5,
   max_class_drop: 0, max_cost: {latency: 1, memory: 1, size: 1}}

@@ -10,8 +10,8 @@ from pipeline_steps.vision.networks import Head as HeadNetwork
 from pipeline_steps.vision.weights import unknown_model
 
 
-def count(settings: Model, head: Head, n_classes: int) -> dict[str, int]:
-    """Counts one image's forward pass, backbone and head.
+def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
+    """Counts one image's forward pass, backbone and head; the head has one output for each class of each target.
 
     Returns:
         `params` (learnt values, frozen ones included), `macs` (multiply-accumulates of convolutions and matrix
@@ -25,14 +25,14 @@ def count(settings: Model, head: Head, n_classes: int) -> dict[str, int]:
         if isinstance(settings, CustomCnn):
             size = settings.input_size
             blocks = [(block.filters, block.kernel, block.pool) for block in settings.blocks]
-            network = CustomCnnNetwork(blocks, n_classes, head.hidden, head.dropout)
+            network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout)
         else:
             if not timm.is_model(settings.backbone):
                 raise unknown_model(settings.backbone)
             backbone = timm.create_model(settings.backbone, num_classes=0)
             size = int(timm.data.resolve_model_data_config(backbone)["input_size"][-1])
             n_features = backbone(torch.zeros(1, 3, size, size)).shape[-1]
-            network = torch.nn.Sequential(backbone, HeadNetwork(n_features, n_classes, head.hidden, head.dropout))
+            network = torch.nn.Sequential(backbone, HeadNetwork(n_features, n_outputs, head.hidden, head.dropout))
         network.eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():

@@ -29,18 +29,23 @@ def read(folder: Path) -> Listing:
             f"{folder} holds no class folders: no folder named after its class has images directly in it "
             f"({len(images):,} image files were found elsewhere)."
         )
-    labels = _labels({PurePosixPath(path).name for path in classes})
-    of_class = {path: labels[PurePosixPath(path).name] for path in classes}
-    labelled = [path for path in images if str(PurePosixPath(path).parent) in of_class]
-    rows = pd.DataFrame(
-        {
-            "source_path": labelled,
-            "label": [of_class[str(PurePosixPath(path).parent)] for path in labelled],
-            "sender_id": "",
-        },
-        dtype="str",
-    )
-    return Listing(rows, sorted(set(images) - set(labelled)))
+    names = {path: PurePosixPath(path).name for path in classes}
+    labels = _labels(set(names.values()))
+    return label_by_folder(images, pd.DataFrame({"label": {path: labels[name] for path, name in names.items()}}))
+
+
+def label_by_folder(images: list[str], labels: pd.DataFrame) -> Listing:
+    """Gives the images directly in each folder that folder's labels.
+
+    Args:
+        images: posix paths, relative to the batch's folder.
+        labels: one row for each folder, indexed by its posix path, and one string column for each label.
+    """
+    parents = pd.Series({path: str(PurePosixPath(path).parent) for path in images}, dtype="str")
+    parents = parents[parents.isin(labels.index)]
+    rows = pd.DataFrame({"source_path": parents.index, "sender_id": "", "given": ""}, dtype="str")
+    rows[labels.columns] = labels.loc[parents.to_list()].astype("str").to_numpy()
+    return Listing(rows, list(labels.columns), sorted(set(images) - set(parents.index)))
 
 
 def class_folders(images: list[str]) -> list[str]:

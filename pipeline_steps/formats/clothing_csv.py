@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 
 from pipeline_steps.errors import PleatError
-from pipeline_steps.formats.listing import IMAGE_SUFFIXES, Listing, image_files
+from pipeline_steps.formats.listing import IMAGE_SUFFIXES, Listing, image_files, read_text
 
 TABLE = "images.csv"
 NEEDED = ("image", "sender_id", "label")
@@ -35,23 +35,17 @@ def read(folder: Path) -> Listing:
     rows = pd.DataFrame(
         {
             "source_path": [source_path(row["image"]) for row in table],
-            "label": [row["label"] for row in table],
             "sender_id": [row["sender_id"] for row in table],
+            "given": "",
+            "label": [row["label"] for row in table],
         },
         dtype="str",
     )
-    return Listing(rows, sorted(set(images) - set(rows["source_path"]) - copies))
+    return Listing(rows, ["label"], sorted(set(images) - set(rows["source_path"]) - copies))
 
 
 def _table(path: Path) -> list[dict[str, str]]:
-    try:
-        encoded = path.read_bytes()
-        text = encoded.decode("utf-8-sig")
-    except FileNotFoundError:
-        raise PleatError(f"{path} does not exist; clothing_csv needs its columns {', '.join(NEEDED)}.") from None
-    except UnicodeDecodeError as error:
-        line = encoded[: error.start].count(b"\n") + 1
-        raise PleatError(f"{path} is not UTF-8: line {line} cannot be read; save the file as UTF-8.") from None
+    text = read_text(path, f"clothing_csv needs its columns {', '.join(NEEDED)}")
     reader = csv.DictReader(io.StringIO(text, newline=""), restval="")
     try:
         columns = [name.strip() for name in reader.fieldnames or []]

@@ -20,12 +20,17 @@ class Listing:
 
     Attributes:
         rows: one row for each labelled row, all strings: `source_path` (posix, relative to the batch's folder: where
-            the image should be), `label` ("" where there is none), `sender_id` ("" where the data set has no senders).
+            the image should be), `sender_id` ("" where the data set has no senders), `given` ("train" or "val" where
+            the data set comes with a split, else ""), then the label columns ("" where there is no label).
+        columns: the names of the label columns.
         unlabelled: image files that no row names, as sorted posix paths relative to the batch's folder.
+        test: those of `unlabelled` that the data set lists for testing.
     """
 
     rows: pd.DataFrame
+    columns: list[str]
     unlabelled: list[str]
+    test: frozenset[str] = frozenset()
 
 
 def hidden(name: str) -> bool:
@@ -52,6 +57,24 @@ def image_files(folder: Path) -> list[str]:
         if any("\ud800" <= letter <= "\udfff" for letter in path):
             raise PleatError(f"{folder} holds the file {path!r}, whose name is not valid UTF-8; rename it.")
     return sorted(found)
+
+
+def read_text(path: Path, use: str) -> str:
+    """Reads a file of labels; `use` says in the error what the format needs it for.
+
+    Raises:
+        PleatError: the file is absent, cannot be read, or is not UTF-8.
+    """
+    try:
+        encoded = path.read_bytes()
+        return encoded.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise PleatError(f"{path} does not exist; {use}.") from None
+    except OSError as error:
+        raise PleatError(f"{path} cannot be read: {error.strerror}; {use}.") from None
+    except UnicodeDecodeError as error:
+        line = encoded[: error.start].count(b"\n") + 1
+        raise PleatError(f"{path} is not UTF-8: line {line} cannot be read; save the file as UTF-8.") from None
 
 
 def inside(folder: Path, relative: str) -> bool:

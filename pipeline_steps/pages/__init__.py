@@ -28,40 +28,63 @@ MAX_BAR = 100  # percent
 
 def model_page(
     model: str,
+    target: str | None,
     summary: Mapping[str, Any],
     folds: pd.DataFrame,
     classes: pd.DataFrame,
-    pairs: pd.DataFrame,
+    pairs: pd.DataFrame | None,
     worst: pd.DataFrame,
+    n_wrong: int,
     pictures: Path,
 ) -> str:
-    """The page of one model.
+    """The page of one model, or of one of its targets.
+
+    Args:
+        model: its name.
+        target: the target's name where there are several; None where the page is the model's only one.
+        summary: what metrics.json holds of the target.
+        folds: one row a fold, as in folds.csv.
+        classes: one row a class, as in per_class.csv.
+        pairs: the most frequent mistakes: actual, predicted, count, share; None for a multilabel target.
+        worst: the gallery's rows: label, predicted, probability, batch, source_path, encoded.
+        n_wrong: how many images have anything predicted wrong.
+        pictures: folder that holds the PNG files.
+    """
+    gallery = [row | {"thumbnail": thumbnail(row["encoded"])} for row in worst.to_dict("records")]
+    return render(
+        "model.html.j2",
+        model=model,
+        target=target,
+        multilabel=summary["kind"] == "multilabel",
+        summary=summary,
+        folds=folds.to_dict("records"),
+        classes=classes.sort_values(["support", "class"], ascending=[False, True]).to_dict("records"),
+        pairs=pairs.to_dict("records") if pairs is not None else [],
+        gallery=gallery,
+        n_wrong=n_wrong,
+        picture=pictures_of(pictures),
+        scores=[name for name in LABELS if name in summary],
+        label=LABELS,
+    )
+
+
+def targets_page(model: str, summary: Mapping[str, Any], folds: pd.DataFrame, pictures: Path) -> str:
+    """The page of a model with several targets: their scores, with links, and what is common to them.
 
     Args:
         model: its name.
         summary: the content of metrics.json.
-        folds: one row a fold, as in folds.csv.
-        classes: one row a class, as in per_class.csv.
-        pairs: the most frequent mistakes: actual, predicted, count, share.
-        worst: the gallery's rows: label, predicted, probability, batch, source_path, encoded.
+        folds: one row a fold: the means over targets.
         pictures: folder that holds the PNG files.
     """
-    gallery = [row | {"thumbnail": thumbnail(row["encoded"])} for row in worst.to_dict("records")]
-    return (
-        _environment()
-        .get_template("model.html.j2")
-        .render(
-            model=model,
-            summary=summary,
-            folds=folds.to_dict("records"),
-            classes=classes.sort_values(["support", "class"], ascending=[False, True]).to_dict("records"),
-            pairs=pairs.to_dict("records"),
-            gallery=gallery,
-            n_wrong=round(summary["n_samples"] * (1 - summary["accuracy"]["pooled"])),
-            picture=pictures_of(pictures),
-            headlines=HEADLINES,
-            label=LABELS,
-        )
+    return render(
+        "targets.html.j2",
+        model=model,
+        summary=summary,
+        folds=folds.to_dict("records"),
+        picture=pictures_of(pictures),
+        scores=HEADLINES,
+        label=LABELS,
     )
 
 
@@ -69,6 +92,7 @@ def landing_page(
     board: pd.DataFrame,
     choice: "Choice",
     summary: Mapping[str, Any],
+    targets: pd.DataFrame,
     class_f1: pd.DataFrame,
     counts: Mapping[str, Any],
     reports: Path,
@@ -79,7 +103,8 @@ def landing_page(
         board: the leaderboard, best first.
         choice: the chosen model and its reason.
         summary: metrics.json of any of the models, for what all share (samples, classes, folds).
-        class_f1: mean F1; index (class, support), a column a model.
+        targets: weighted F1 and accuracy of each model on each target: columns model, target, f1_weighted, accuracy.
+        class_f1: mean F1; index (target, class, support), a column a model.
         counts: data/validate/counts.json, or empty where there is none.
         reports: the folder the page will lie in; it links only to what exists there.
     """
@@ -89,24 +114,25 @@ def landing_page(
         ("leaderboard.csv", "Leaderboard as CSV"),
     ]
     models = list(board["model"])
-    return (
-        _environment()
-        .get_template("landing.html.j2")
-        .render(
-            board=board.to_dict("records"),
-            choice=choice,
-            summary=summary,
-            classes=[
-                (name, support, list(row)) for (name, support), row in zip(class_f1.index, class_f1.values, strict=True)
-            ],
-            models=models,
-            has_page={model: (reports / "models" / model / "index.html").exists() for model in models},
-            counts=counts,
-            links=[(target, title) for target, title in links if (reports / target).exists()],
-            picture={name: embedded_png(reports / f"{name}.png") for name in ("quality_against_macs", "f1_by_fold")},
-            headlines=HEADLINES,
-            label=LABELS,
-        )
+    names = list(dict.fromkeys(targets["target"]))
+    return render(
+        "landing.html.j2",
+        board=board.to_dict("records"),
+        choice=choice,
+        summary=summary,
+        targets=names,
+        by_target={
+            score: targets.pivot(index="target", columns="model", values=score).loc[names, models].values.tolist()
+            for score in ("f1_weighted", "accuracy")
+        },
+        classes=[(*key, list(row)) for key, row in zip(class_f1.index, class_f1.values, strict=True)],
+        models=models,
+        has_page={model: (reports / "models" / model / "index.html").exists() for model in models},
+        counts=counts,
+        links=[(target, title) for target, title in links if (reports / target).exists()],
+        picture={name: embedded_png(reports / f"{name}.png") for name in ("quality_against_macs", "f1_by_fold")},
+        headlines=HEADLINES,
+        label=LABELS,
     )
 
 

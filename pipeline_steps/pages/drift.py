@@ -9,7 +9,6 @@ import pandas as pd
 from matplotlib.ticker import MaxNLocator
 
 from pipeline_steps import plots
-from pipeline_steps.drift import LABEL_SHARES
 from pipeline_steps.image_statistics import STATISTICS
 from pipeline_steps.inbox_check import Check
 from pipeline_steps.inbox_known import LeftOut
@@ -35,7 +34,15 @@ def drift_page(delivery: str, batch: str, found: Check, left_out: LeftOut | None
     if pack is not None and not found.manifest.empty:
         shown = found.manifest.sort_values("sample_id").head(N_THUMBNAILS)
         images = read_images(pack, list(shown["sample_id"]))
-        gallery = [row | {"thumbnail": thumbnail(images[row["sample_id"]])} for row in shown.to_dict("records")]
+        gallery = [
+            {
+                "thumbnail": thumbnail(images[row["sample_id"]]),
+                "label": " / ".join(row[column] for column in found.labels),
+                "source_path": row["source_path"],
+            }
+            for row in shown.to_dict("records")
+        ]
+    of_images = [distance for distance in found.distances if distance.name in STATISTICS]
     with tempfile.TemporaryDirectory() as folder:
         if len(found.training) and len(found.delivery):
             _histograms(found, Path(folder) / "statistics.png")
@@ -46,14 +53,15 @@ def drift_page(delivery: str, batch: str, found: Check, left_out: LeftOut | None
         batch=batch,
         found=found,
         left_out=left_out,
-        labels=_label_rows(found.labels),
-        n_labels=len(found.labels),
-        n_delivered_labels=found.manifest["label"].nunique() if len(found.manifest) else 0,
-        furthest=max(found.distances[1:], key=lambda row: row.distance, default=None),  # the first is of the labels
+        labels={column: _label_rows(of_column) for column, of_column in found.labels.items()},
+        n_delivered_labels={
+            column: int((of_column["delivery"] > 0).sum()) for column, of_column in found.labels.items()
+        },
+        furthest=max(of_images, key=lambda row: row.distance, default=None),
         n_training=len(found.training),
         gallery=gallery,
         picture=pictures,
-        meaning=STATISTICS | {LABEL_SHARES: "share of images of each label"},
+        meaning={row.name: STATISTICS.get(row.name, "share of images of each label") for row in found.distances},
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -21,6 +21,16 @@ from .upright import is_plain_jpeg, open_image
 
 Image = bytes | Path | np.ndarray
 Ranked = list[tuple[str, float]]  # labels with their probabilities, the most probable first
+
+
+class Several(NamedTuple):
+    """The answer of a multilabel target."""
+
+    labels: list[tuple[str, float]]  # that apply, in the order of the classes: none, one or several
+    ranked: Ranked
+
+
+Best = dict[str, Ranked | Several]  # by target
 AHEAD_A_THREAD = 8  # images under way, so that one slow file holds up nothing
 LONGEST_PATH = 4096  # characters, on Linux
 
@@ -34,12 +44,14 @@ class Classifier:
 
     Attributes:
         classes: of each target, in the order of the probabilities.
+        thresholds: of each multilabel target, from which probability on each class applies.
         about: what else travels with the model: preprocessing, data version, limits.
     """
 
     def __init__(self, folder: Path) -> None:
         self.about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
         self.classes: dict[str, list[str]] = self.about["classes"]
+        self.thresholds: dict[str, list[float]] = self.about.get("thresholds", {})
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # calls side by side are faster than one spread over all cores
         self._session = onnxruntime.InferenceSession(folder / "network.onnx", options, ["CPUExecutionProvider"])
@@ -61,8 +73,10 @@ class Classifier:
             while ahead:
                 yield ahead.popleft().result()
 
-    def best(self, images: Iterable[Image], top_k: int) -> Iterator[dict[str, Ranked] | UnreadableError]:
+    def best(self, images: Iterable[Image], top_k: int) -> Iterator[Best | UnreadableError]:
         """Yields for each image, in order, the `top_k` most probable labels of each target, or why there are none.
+
+        With those of a multilabel target come the labels that apply.
 
         Args:
             images: as for `probabilities`.
@@ -72,18 +86,23 @@ class Classifier:
             if isinstance(found, UnreadableError):
                 yield found
                 continue
-            codes = {target: (-values).argsort(kind="stable")[:top_k] for target, values in found.items()}
-            yield {
-                target: [(self.classes[target][code], float(found[target][code])) for code in best]
-                for target, best in codes.items()
-            }
+            yield {target: self._best(target, values, top_k) for target, values in found.items()}
+
+    def _best(self, target: str, values: np.ndarray, top_k: int) -> Ranked | Several:
+        ranked = self._named(target, values, (-values).argsort(kind="stable")[:top_k])
+        if target not in self.thresholds:
+            return ranked
+        return Several(self._named(target, values, np.flatnonzero(values >= self.thresholds[target])), ranked)
+
+    def _named(self, target: str, values: np.ndarray, codes: np.ndarray) -> list[tuple[str, float]]:
+        return [(self.classes[target][code], float(values[code])) for code in codes]
 
     def _answer(self, image: Image) -> dict[str, np.ndarray] | UnreadableError:
         try:
             pixels = resize_crop(self._decoded(image), **self.about["preprocessing"])
         except UnreadableError as reason:
             return reason
-        found = self._session.run(None, {"pixels": pixels.numpy()[None]})
+        found = self._session.run(list(self.classes), {"pixels": pixels.numpy()[None]})
         return {target: values[0] for target, values in zip(self.classes, found, strict=True)}
 
     def _decoded(self, image: Image) -> torch.Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 from mlflow.pyfunc.model import PythonModel, PythonModelContext
 
-from .classifier import Classifier, Ranked, UnreadableError, image_of
+from .classifier import Best, Classifier, Several, UnreadableError, image_of
 
 TOP_K = 5
 
@@ -29,7 +29,8 @@ class ImageModel(PythonModel):
 
         Returns:
             A row for each image, in order. For each target, such as `label`: TARGET (text), TARGET_probability and
-            TARGET_top_k (list of {label, probability}, best first); `error` says why an image has none, else null.
+            TARGET_top_k (list of {label, probability}, best first); `error` says why an image has none, else null. Of a
+            multilabel target, TARGET and TARGET_probability are lists, empty where no label applies.
         """
         if "image" not in model_input:
             raise ValueError(
@@ -46,14 +47,16 @@ class ImageModel(PythonModel):
         # Of objects: a column of numbers would hold NaN where there is none, which is no JSON.
         return pd.DataFrame(rows, columns=[*columns, "error"], index=model_input.index, dtype=object)
 
-    def _row(self, answer: dict[str, Ranked] | UnreadableError) -> dict[str, Any]:
+    def _row(self, answer: Best | UnreadableError) -> dict[str, Any]:
         if isinstance(answer, UnreadableError):
             names = [name for target in self.classifier.classes for name in columns_of(target)]
             return {**dict.fromkeys(names), "error": str(answer)}
         row: dict[str, Any] = {"error": None}
         for target, best in answer.items():
-            listed = [{"label": label, "probability": probability} for label, probability in best]
-            row |= dict(zip(columns_of(target), (*best[0], listed), strict=True))
+            labels, ranked = best if isinstance(best, Several) else (None, best)
+            own = ranked[0] if labels is None else ([name for name, _ in labels], [value for _, value in labels])
+            listed = [{"label": label, "probability": probability} for label, probability in ranked]
+            row |= dict(zip(columns_of(target), (*own, listed), strict=True))
         return row
 
 

@@ -4,35 +4,50 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.metrics import f1_score
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline_steps.files import atomic_path
 from pipeline_steps.vision.inputs import Inputs
+from pipeline_steps.vision.objective import Objective
 from pipeline_steps.vision.optimizer import EagerAdamW
 
 SCORE_BATCH = 512
+Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (batch, n_outputs) and codes (batch, k)
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of the history; losses are cross entropies in nats; None where there is no inner part."""
+    """One line of the history; None where there is no inner part.
+
+    Both losses are the one that is trained, class weights and smoothing included. Those of training are means over the
+    batches as they were seen, with dropout and with weights that still changed; those of the inner part are of the
+    averaged weights and the mean probability over the views.
+
+    Attributes:
+        train_accuracy: share of right samples, in the mean over the targets; in a multilabel target all classes of a
+            sample must be right.
+        inner_accuracy: the same.
+        inner_f1_weighted: the mean over the targets; chooses the epoch.
+    """
 
     epoch: int
     train_loss: float
+    train_accuracy: float
     inner_loss: float | None
+    inner_accuracy: float | None
     inner_f1_weighted: float | None
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training loop's settings, as in the `training` block of params.yaml.
+    """The training loop's settings, as in the `training` block of params.yaml; the loss is the objective's.
 
     `n_epochs` is the number of epochs where no inner part chooses it; `max_epochs` still sets the learning rate.
     """
@@ -43,8 +58,6 @@ class Schedule:
     batch_size: int
     learning_rate: float
     weight_decay: float
-    label_smoothing: float
-    balanced: bool
     weight_average: float
     mirror: bool
     seed: int
@@ -61,8 +74,9 @@ class Fitted:
 
 def fit(
     network: nn.Module,
+    objective: Objective,
     inputs: Inputs,
-    labels: Tensor,
+    codes: Tensor,
     train_rows: Tensor,
     inner_rows: Tensor | None,
     schedule: Schedule,
@@ -80,8 +94,9 @@ def fit(
     ignored.
 
     Args:
-        network: takes what `inputs.batch` gives, returns logits (batch, n_classes).
-        labels: int64 (n,), the class index of each row of `inputs`.
+        network: takes what `inputs.batch` gives, returns logits (batch, objective.n_outputs).
+        objective: the targets and their loss; class weights are those of `train_rows`.
+        codes: int64 (n, k), what each row of `inputs` is, in the objective's columns.
         train_rows: int64, rows to learn from.
         inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold; or None.
         inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
@@ -95,15 +110,13 @@ def fit(
     # scratch on few images gain a lot from the warm-up (docs/decisions.md).
     steps = schedule.max_epochs * -(-len(train_rows) // schedule.batch_size)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps, pct_start=0.2)
-    n_classes = int(labels.max()) + 1
-    weight = class_weights(labels[train_rows], n_classes) if schedule.balanced else None
     # What is scored and kept: the exponential moving average of the weights over the steps, here with decay 0 too.
     average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.weight_average), use_buffers=True)
-    loss = nn.CrossEntropyLoss(weight, label_smoothing=schedule.label_smoothing)
+    loss = partial(objective.loss, weights=objective.weights(codes[train_rows]))
 
     history: list[Epoch] = []
     best = _copy(network)
-    key = _fingerprint(network, labels, train_rows, inner_rows, schedule, inputs_version)
+    key = _fingerprint(network, objective, codes, train_rows, inner_rows, schedule, inputs_version)
     saved = _load(checkpoint, key)
     if saved is not None:
         network.load_state_dict(saved["network"])
@@ -118,9 +131,11 @@ def fit(
 
     last = schedule.max_epochs if schedule.n_epochs is None else schedule.n_epochs
     while len(history) < last and len(history) - best_epoch(history) < schedule.patience:
-        train_loss = _train_epoch(network, inputs, labels, train_rows, schedule, order, optimizer, cycle, average, loss)
-        scores = _inner_scores(average.module, inputs, labels, inner_rows, schedule.mirror)
-        line = Epoch(len(history) + 1, train_loss, *scores)
+        trained = _train_epoch(
+            network, objective, loss, inputs, codes, train_rows, schedule, order, optimizer, cycle, average
+        )
+        inner = _inner_scores(average.module, objective, loss, inputs, codes, inner_rows, schedule.mirror)
+        line = Epoch(len(history) + 1, *trained, *inner)
         history.append(line)
         if best_epoch(history) == line.epoch:
             best = _copy(average.module)
@@ -135,21 +150,22 @@ def fit(
             "best": best,
             "history": json.dumps([vars(item) for item in history]),
         }
-        with atomic_path(checkpoint) as partial:
-            torch.save(state, partial)
+        with atomic_path(checkpoint) as unfinished:
+            torch.save(state, unfinished)
         on_epoch(line)
     return Fitted(best, history, best_epoch(history))
 
 
-def predict(network: nn.Module, inputs: Inputs, rows: Tensor, mirror: bool) -> Tensor:
-    """Class probabilities, float32 (len(rows), n_classes); with `mirror` the mean over the plain and mirrored view."""
+def predict(network: nn.Module, objective: Objective, inputs: Inputs, rows: Tensor, mirror: bool) -> Tensor:
+    """Probabilities, float32 (len(rows), n_outputs); with `mirror` the mean over the plain and mirrored view."""
     network.eval()
     parts = []
     with torch.inference_mode():
         for part in rows.split(SCORE_BATCH):
             plain = torch.zeros(len(part), dtype=torch.bool, device=part.device)
             views = [plain, ~plain] if mirror else [plain]
-            parts.append(sum(network(inputs.batch(part, view)).float().softmax(1) for view in views) / len(views))
+            answered = [objective.probabilities(network(inputs.batch(part, view)).float()) for view in views]
+            parts.append(torch.stack(answered).mean(0))
     return torch.cat(parts)
 
 
@@ -159,62 +175,70 @@ def best_epoch(history: list[Epoch]) -> int:
     return scores.index(max(scores)) + 1 if scores else len(history)
 
 
-def class_weights(labels: Tensor, n_classes: int) -> Tensor:
-    """Balanced weights n / (n_classes * count), float32 (n_classes,), as scikit-learn's compute_class_weight."""
-    counts = torch.bincount(labels, minlength=n_classes).clamp_min(1)
-    return len(labels) / (n_classes * counts.float())
-
-
 def _train_epoch(
     network: nn.Module,
+    objective: Objective,
+    loss: Loss,
     inputs: Inputs,
-    labels: Tensor,
+    codes: Tensor,
     rows: Tensor,
     schedule: Schedule,
     order: torch.Generator,
     optimizer: torch.optim.Optimizer,
     cycle: torch.optim.lr_scheduler.LRScheduler,
     average: AveragedModel,
-    loss: nn.Module,
-) -> float:
+) -> tuple[float, float]:
+    """Loss and accuracy over the batches."""
     network.train()
     shuffled = rows[torch.randperm(len(rows), generator=order).to(rows.device)]
     mirrored = torch.rand(len(rows), generator=order).to(rows.device) < (0.5 if schedule.mirror else 0.0)
     total = torch.zeros((), device=rows.device)
+    seen, answered = [], []
     for part, view in zip(shuffled.split(schedule.batch_size), mirrored.split(schedule.batch_size), strict=True):
-        if len(part) == 1 and len(rows) > 1:
-            continue  # batch norm cannot train on a single sample
+        if len(part) == 1 and min(len(rows), schedule.batch_size) > 1:
+            continue  # the rest of an epoch; batch norm learns nothing good from a single sample
         optimizer.zero_grad(set_to_none=True)
-        value = loss(network(inputs.batch(part, view)), labels[part])
+        logits = network(inputs.batch(part, view))
+        value = loss(logits, codes[part])
         value.backward()
         optimizer.step()
         cycle.step()
         average.update_parameters(network)
         total += value.detach() * len(part)
-    return float(total) / len(rows)
+        seen.append(part)
+        answered.append(logits.detach())
+    probabilities = objective.probabilities(torch.cat(answered))  # once an epoch: a head's batches are too quick for it
+    return float(total) / len(rows), objective.accuracy(probabilities, codes[torch.cat(seen)])
 
 
 def _inner_scores(
-    network: nn.Module, inputs: Inputs, labels: Tensor, rows: Tensor | None, mirror: bool
-) -> tuple[float | None, float | None]:
-    """Cross entropy and weighted F1 on the inner rows."""
+    network: nn.Module,
+    objective: Objective,
+    loss: Loss,
+    inputs: Inputs,
+    codes: Tensor,
+    rows: Tensor | None,
+    mirror: bool,
+) -> tuple[float, float, float] | tuple[None, None, None]:
+    """Loss, accuracy and weighted F1 on the inner rows."""
     if rows is None:
-        return None, None
-    probabilities, truth = predict(network, inputs, rows, mirror), labels[rows]
-    loss = float(nn.functional.nll_loss(probabilities.clamp_min(1e-12).log(), truth))
-    return loss, float(f1_score(truth.cpu(), probabilities.argmax(1).cpu(), average="weighted", zero_division=0.0))
+        return None, None, None
+    probabilities, truth = predict(network, objective, inputs, rows, mirror), codes[rows]
+    mean_loss = float(loss(objective.logits(probabilities), truth))
+    return mean_loss, objective.accuracy(probabilities, truth), objective.score(probabilities, truth)
 
 
 def _fingerprint(
     network: nn.Module,
-    labels: Tensor,
+    objective: Objective,
+    codes: Tensor,
     train_rows: Tensor,
     inner_rows: Tensor | None,
     schedule: Schedule,
     inputs_version: str,
 ) -> str:
-    digest = hashlib.sha256(repr((schedule, str(network), inputs_version)).encode())
-    for tensor in (*network.state_dict().values(), labels, train_rows, *([] if inner_rows is None else [inner_rows])):
+    digest = hashlib.sha256(repr((schedule, objective, str(network), inputs_version)).encode())
+    for tensor in (*network.state_dict().values(), codes, train_rows, *([] if inner_rows is None else [inner_rows])):
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
     return digest.hexdigest()
 
