@@ -50,7 +50,7 @@ def confused_pairs(predictions: Predictions) -> pd.DataFrame:
     counts = pairs.value_counts().rename("count").reset_index()
     counts = counts.sort_values(["count", "actual", "predicted"], ascending=[False, True, True], ignore_index=True)
     support = predictions.samples["label"].value_counts()
-    counts["share"] = counts["count"] / counts["actual"].map(support)
+    counts["share"] = counts["count"] / support.reindex(counts["actual"]).to_numpy()
     return counts.head(N_CONFUSED_PAIRS)
 
 

@@ -14,7 +14,6 @@ from sklearn.metrics import (
     accuracy_score,
     average_precision_score,
     f1_score,
-    precision_recall_curve,
     precision_recall_fscore_support,
     roc_auc_score,
     roc_curve,
@@ -120,12 +119,13 @@ def best_threshold(positive: Bools, score: npt.NDArray[np.floating]) -> float:
     """
     if not positive.any():
         return THRESHOLD
-    precision, recall, thresholds = precision_recall_curve(positive, score)
-    # Both are 0 where nothing that reaches a threshold is positive.
-    f1 = 2 * precision * recall / np.maximum(precision + recall, np.finfo(float).tiny)
-    best = int(f1[:-1].argmax())  # the last point belongs to no threshold
-    upper = float(thresholds[best])
-    return (upper + float(score[score < upper].max(initial=0.0))) / 2
+    scores = np.unique(score)
+    n_predicted = len(score) - np.searchsorted(np.sort(score), scores)
+    n_hits = positive.sum() - np.searchsorted(np.sort(score[positive]), scores)
+    # From counts, not from precision and recall: their rounding would part what is equal.
+    best = int((2 * n_hits / (n_predicted + positive.sum())).argmax())
+    below = float(scores[best - 1]) if best else 0.0
+    return (float(scores[best]) + below) / 2
 
 
 def cross_fitted_thresholds(actual: Ints, probability: npt.NDArray[np.floating], fold: Ints) -> Floats:

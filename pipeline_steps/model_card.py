@@ -173,20 +173,21 @@ def _limits(params: Params, targets: Sequence[dict[str, Any]], about: dict[str, 
         limits.append(
             "Images of one sender may lie on both sides of the holdout, so scores on senders never seen may be lower."
         )
-    limits += [_always(target, several) for target in targets]
+    one, any_number = ([t for t in targets if t["multilabel"] is multilabel] for multilabel in (False, True))
+    if one:
+        of = f"class of {_listed(one)}" if several else f"of the {len(one[0]['classes'])} classes"
+        limits.append(
+            f"Every image gets one {of}, also one that shows none of them; a low probability is the only sign."
+        )
+    if any_number:
+        of = f"label of {_listed(any_number)}" if several else f"one of the {len(any_number[0]['classes'])} labels"
+        limits.append(
+            f"An image gets every {of} whose probability reaches {metrics.THRESHOLD:g}; that may be none, and labels that "
+            "exclude each other."
+        )
     limits[-1] += " Probabilities are not calibrated."
     return limits
 
 
-def _always(target: dict[str, Any], several: bool) -> str:
-    """What the model answers of an image that shows none of a target's classes."""
-    of, n_classes = f" of {target['name']}" if several else "", len(target["classes"])
-    if target["multilabel"]:
-        return (
-            f"An image gets every one of the {n_classes} labels{of} whose probability reaches {metrics.THRESHOLD:g}; "
-            "that may be none, and labels that exclude each other."
-        )
-    return (
-        f"Every image gets one of the {n_classes} classes{of}, also one that shows none of them; a low probability is "
-        "the only sign."
-    )
+def _listed(targets: Sequence[dict[str, Any]]) -> str:
+    return ", ".join(target["name"] for target in targets)

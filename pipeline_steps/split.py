@@ -59,8 +59,9 @@ def run(params: Params, root: Path = Path()) -> None:
         parts = {number: f"fold {number}" for number in folds} | {HOLDOUT: "holdout"}
 
     counts = balance.table(rows, found, parts)
-    for (target, label), row in counts[[parts[number] for number in folds]].iterrows():
-        if lacking := ", ".join(row.index[row == 0]):
+    scored = [parts[number] for number in folds]
+    for (target, label), row in zip(counts.index, counts[scored].to_numpy(), strict=True):
+        if lacking := ", ".join(part for part, n in zip(scored, row, strict=True) if n == 0):
             say(f"split: warning: no sample of class '{label}' of target {target} in {lacking}, so no score there")
     labels = targets.label_columns(params.targets)
     with atomic_folder(root / "reports" / "split") as reports, atomic_folder(root / "data" / "split") as out:

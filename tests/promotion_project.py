@@ -1,5 +1,6 @@
 """A workspace as `refit` leaves it, with models whose answers are known: they look at an image's colour."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Sequence
@@ -66,7 +67,7 @@ class Beside(nn.Module):
 
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__()
-        self.parts = nn.ModuleList(parts)
+        self.parts = nn.ModuleList(copy.deepcopy(part) for part in parts)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return torch.cat([part(pixels) - 4 for part in self.parts], dim=1)

@@ -211,7 +211,7 @@ def test_a_worker_evaluates_folds_that_another_one_trained(run: Run) -> None:
     trained = {
         name: data for name, data in run.at_death[run.first].items() if name.startswith("train/cnn_tiny/fold_0/")
     }
-    assert {PurePosixPath(name).name for name in trained} >= {"predictions.parquet", "weights.safetensors"}
+    assert {PurePosixPath(name).name for name in trained} >= {"label.parquet", "weights.safetensors"}
     used = {name: data for name, data in outputs(run.second).items() if name.startswith("train/cnn_tiny/fold_0/")}
     assert used == trained
     # The entries of dvc.lock came with them.
@@ -247,7 +247,7 @@ def folds(files: dict[str, bytes]) -> set[str]:
 
 def test_the_results_are_those_of_dvc_repro(run: Run, oracle: Future[str], checkouts: Path) -> None:
     assert "Running stage 'train@cnn_tiny-0'" in oracle.result()
-    for name in ("reports/leaderboard.json", *(f"{TRAINED}/fold_{fold}/predictions.parquet" for fold in range(3))):
+    for name in ("reports/leaderboard.json", *(f"{TRAINED}/fold_{fold}/predictions/label.parquet" for fold in range(3))):
         assert (run.second / name).read_bytes() == (checkouts / "oracle" / name).read_bytes(), name
     expected, found = lock(checkouts / "oracle"), lock(run.second)
     assert {"train@cnn_tiny-0", "evaluate@cnn_tiny", "compare"} <= found.keys()

@@ -20,7 +20,7 @@ def clothing(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_out_of_fold_score_is_at_least_that_of_the_study(clothing: Path) -> None:
-    files = (clothing / "data" / "train" / "mobilenetv2_100").glob("fold_*/predictions.parquet")
+    files = (clothing / "data" / "train" / "mobilenetv2_100").glob("fold_*/predictions/label.parquet")
     rows = pd.concat([pd.read_parquet(file) for file in files])
     assert len(rows) == 5096
     assert rows["label"].nunique() == 17

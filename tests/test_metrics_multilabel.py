@@ -109,6 +109,7 @@ def test_no_threshold_has_a_higher_f1_than_the_best(seed: int, n: int) -> None:
     # As far from the scores on both its sides as it can be.
     below, above = score[score < threshold].max(initial=0.0), score[score >= threshold].min()
     assert threshold == pytest.approx((float(below) + float(above)) / 2)
+    assert threshold <= min(other for other in score if oracle.f1_score(positive, score >= other) == highest)
 
 
 def test_best_threshold_by_hand() -> None:

@@ -29,7 +29,7 @@ REPRODUCIBLE = (
 
 
 def predictions(folder: Path, model: str, fold: int) -> pd.DataFrame:
-    return pd.read_parquet(folder / "data" / "train" / model / f"fold_{fold}" / "predictions.parquet")
+    return pd.read_parquet(folder / "data" / "train" / model / f"fold_{fold}" / "predictions" / "label.parquet")
 
 
 def test_every_stage_ran(finished: Path) -> None:

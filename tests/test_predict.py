@@ -73,7 +73,7 @@ def write_package(folder: Path, seed: int) -> None:
     network = CustomCnn([(4, 3, 2), (8, 3, 2)], len(CLASSES), hidden=0, dropout=0.0)
     about = {
         "preprocessing": {"resize": 32, "crop": 32, "interpolation": "bilinear"},
-        "max_pixels": 1_000_000,
+        "max_pixels": 10_000_000,
     }
     folder.mkdir(parents=True)
     label = Target("label", False, ["label"], CLASSES)
@@ -193,10 +193,12 @@ def test_a_name_that_is_not_utf8(packages: dict[str, Path], tmp_path: Path) -> N
 def test_stopped_in_the_middle(
     packages: dict[str, Path], photos: Path, stop: Callable[[subprocess.Popen], None], status: int, said: str
 ) -> None:
-    """A pipe that nobody writes to is an image that takes for ever."""
+    """Large images take long, a thousand of them longer than this waits."""
     root = photos.parent
     write_params(root)
-    os.mkfifo(photos / "zz.jpg")
+    (photos / "large.jpg").write_bytes(encode(draw(9, 2500, 2500)))
+    for number in range(1000):
+        (photos / f"large {number}.jpg").hardlink_to(photos / "large.jpg")
     (root / "out").mkdir()
     command = [*PLEAT, "predict", "photos", "--out", "out/s.parquet"]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

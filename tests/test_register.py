@@ -3,14 +3,13 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
-from promotion_project import LABEL, TAGS, Beside, Colour, aliases, make, put_model, settings, versions
+from promotion_project import Colour, aliases, make, put_model, settings, versions
 
 from pipeline_steps import judging, promotion, register
 from pipeline_steps.errors import PleatError
@@ -157,9 +156,9 @@ def test_no_model_is_judged_on_what_it_was_trained_on(
     asked: list[set[str]] = []
     measure = judging.measure
 
-    def watched(models: Sequence[tuple[str, Path]], images: Sequence[Path]) -> list:
+    def watched(models: Sequence[tuple[str, Path]], images: Sequence[Path], targets: Sequence[str]) -> list:
         asked.append({path.name for path in images})
-        return measure(models, images)
+        return measure(models, images, targets)
 
     monkeypatch.setattr(judging, "measure", watched)
     put_model(tmp_path, rows, Colour(unsure=0.01))
@@ -283,85 +282,6 @@ def test_merged_labels_are_no_mistake_of_an_older_champion(tmp_path: Path, rows:
     put_model(tmp_path, renamed, Colour(unsure=0.01))
     outcome = run(**{"labels.merge": {"Blue": "green"}})
     assert outcome.evidence["champion"]["f1_weighted"] == 1.0
-
-
-def test_several_targets_are_judged_together(tmp_path: Path, rows: pd.DataFrame) -> None:
-    """The second model is wrong in one target only, where it misses all of blue and takes it for red."""
-    put_model(tmp_path, rows, Beside(RIGHT, RIGHT), targets=[TAGS, LABEL])
-    first = run()
-    assert (first.event, first.evidence["candidate"]["f1_weighted"]) == ("promoted", 1.0)
-    put_model(tmp_path, rows, Beside(RIGHT, BLIND), targets=[TAGS, LABEL])
-    second = run(**{"promotion.max_class_drop": 1})
-    assert (second.event, second.champion) == ("rejected", "1")
-    f1 = (2 / 3 + 1 + 0) / 3  # by hand
-    assert second.evidence["candidate"]["f1_weighted"] == pytest.approx((1 + f1) / 2)
-    targets = second.evidence["targets"]
-    assert {name: target["candidate"]["f1_weighted"] for name, target in targets.items()} == {
-        "label": pytest.approx(f1), "tags": 1.0,
-    }  # fmt: skip
-    assert second.evidence["gain"]["value"] == pytest.approx((f1 - 1) / 2)
-    assert targets["label"]["classes"]["blue"]["recall_gain"]["value"] == -1
-    page = Path("reports/registration/index.html").read_text()
-    for heading in (
-        "Weighted F1, mean over the targets",
-        "Recall of each class of label",
-        "Recall of each class of tags",
-    ):
-        assert heading in page
-    assert "Class 'blue' of label collapses" in run().reasons[1]
-
-
-def test_a_champion_of_other_targets_gives_way(
-    tmp_path: Path, rows: pd.DataFrame, capsys: pytest.CaptureFixture
-) -> None:
-    """It has learned from all of the holdout, which does not matter: it is not asked."""
-    put_model(tmp_path, rows, RIGHT)
-    assert run().champion == "1"
-    for listed in (tmp_path / "mlruns").rglob("trained_on.txt"):
-        listed.write_text("\n".join(rows["sample_id"]))
-    put_model(tmp_path, rows, Beside(RIGHT, SWAPPED), targets=[TAGS, LABEL])
-    asked = run(**{"promotion.mode": "approve"})
-    assert (asked.event, asked.champion, asked.decision) == ("approval requested", "1", "promoted")
-    assert asked.reasons[0] == (
-        "Champion version 1 answers other targets (label) than are asked for now (label, tags (multilabel)), so it "
-        "could not be compared with: promotion goes on as for a first model."
-    )
-    assert "`pleat approve 2` makes it the champion" in capsys.readouterr().out
-    assert asked.evidence["n_rows"] == len(rows)
-    page = Path("reports/registration/index.html").read_text()
-    assert "answers other targets (label)" in page
-    assert "Version 1, champion" in page
-    promotion.approve(settings(), "2", False, "two targets from now on")
-    assert aliases(uri(tmp_path)) == {"champion": "2"}
-    # The floors hold as ever, and the way back is open.
-    put_model(tmp_path, rows, SWAPPED)
-    poor = run()
-    assert (poor.event, poor.champion) == ("rejected", "2")
-    assert "below the floor of 0.5" in poor.reasons[0]
-    assert "answers other targets (label, tags (multilabel)) than are asked for now (label)" in " ".join(poor.reasons)
-    promotion.rollback(settings(), None, "")
-    assert aliases(uri(tmp_path)) == {"champion": "1"}
-
-
-def test_a_target_of_the_same_name_but_another_kind_is_another_target(tmp_path: Path, rows: pd.DataFrame) -> None:
-    put_model(tmp_path, rows, RIGHT)
-    run()
-    several = replace(LABEL, multilabel=True)
-    put_model(tmp_path, rows, Beside(RIGHT), targets=[several])
-    outcome = run()
-    assert (outcome.event, outcome.champion) == ("promoted", "2")
-    assert "answers other targets (label) than are asked for now (label (multilabel))" in outcome.reasons[0]
-
-
-def test_merged_labels_of_several_targets_are_no_mistake_of_an_older_champion(
-    tmp_path: Path, rows: pd.DataFrame
-) -> None:
-    put_model(tmp_path, rows, Beside(RIGHT, RIGHT), targets=[TAGS, LABEL])
-    run()
-    renamed = rows.assign(label=rows["label"].replace("blue", "green"))
-    put_model(tmp_path, renamed, Beside(RIGHT, Colour(unsure=0.01)), targets=[TAGS, LABEL])
-    champion = run(**{"labels.merge": {"Blue": "green"}}).evidence["targets"]
-    assert {name: target["champion"]["f1_weighted"] for name, target in champion.items()} == {"label": 1.0, "tags": 1.0}
 
 
 def test_refit_has_not_run(tmp_path: Path, rows: pd.DataFrame) -> None:
