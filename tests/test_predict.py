@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import PLEAT, draw, encode, load_params, names, write_params
+from PIL import Image
 from s3_store import objects, put
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
@@ -192,10 +193,13 @@ def test_a_name_that_is_not_utf8(packages: dict[str, Path], tmp_path: Path) -> N
 def test_stopped_in_the_middle(
     packages: dict[str, Path], photos: Path, stop: Callable[[subprocess.Popen], None], status: int, said: str
 ) -> None:
-    """A pipe that nobody writes to is an image that takes for ever."""
+    """Large images keep it at work for much longer than the test takes."""
     root = photos.parent
     write_params(root)
-    os.mkfifo(photos / "zz.jpg")
+    large = photos / "zz.png"
+    Image.new("RGB", (7000, 7000)).save(large)
+    for number in range(60):
+        (photos / f"zz{number}.png").symlink_to(large)
     (root / "out").mkdir()
     command = [*PLEAT, "predict", "photos", "--out", "out/s.parquet"]
     process = subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
