@@ -66,6 +66,11 @@ class Airflow:
         answer = self.ask("PATCH", path, params={"map_index": index}, json={"new_state": state})
         assert answer.ok, answer.text
 
+    def end(self, run: str, dag: str = "pleat_train") -> None:
+        """Marks a run failed, which ends its tasks."""
+        answer = self.ask("PATCH", f"dags/{dag}/dagRuns/{run}", json={"state": "failed"})
+        assert answer.ok, answer.text
+
     def clear(self, run: str, task: str, dag: str = "pleat_train", **options: Any) -> None:
         """Clears a task as the UI's button does."""
         order = {"dag_run_id": run, "task_ids": [task], "dry_run": False, "only_failed": False, **options}

@@ -16,9 +16,11 @@ from workspace import copy_checkout, environment, use_quick
 
 from pipeline_steps import standalone
 
-# Two trainings side by side, on one core each; what lost its supervisor is taken up again after seconds.
+# Two trainings side by side, on one core each; what lost its supervisor is taken up again after seconds. DAG files are
+# read again when they change, and not every half a minute.
 SETTINGS = {
     "PLEAT_CPU_SLOTS": "2",
+    "AIRFLOW__DAG_PROCESSOR__MIN_FILE_PROCESS_INTERVAL": "600",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT": "20",
     "AIRFLOW__SCHEDULER__TASK_INSTANCE_HEARTBEAT_TIMEOUT_DETECTION_INTERVAL": "5",
     "AIRFLOW__SCHEDULER__SCHEDULER_HEALTH_CHECK_THRESHOLD": "15",

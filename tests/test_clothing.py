@@ -15,7 +15,7 @@ def clothing(real_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     check(folder, "pleat", "data", "add", str(real_data.resolve() / "data" / "clothing"), "--name", "clothing")
     settings = [f"models.mobilenetv2_100.weights={weights}", "split.holdout.fraction=0"]
     check(folder, "pleat", "use", "clothing", *(word for setting in settings for word in ("--set", setting)))
-    check(folder, "dvc", "repro")
+    check(folder, "dvc", "repro", "compare")
     return folder
 
 
