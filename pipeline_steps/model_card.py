@@ -182,8 +182,8 @@ def _limits(params: Params, targets: Sequence[dict[str, Any]], about: dict[str, 
     if any_number:
         of = f"label of {_listed(any_number)}" if several else f"one of the {len(any_number[0]['classes'])} labels"
         limits.append(
-            f"An image gets every {of} whose probability reaches {metrics.THRESHOLD:g}; that may be none, and labels that "
-            "exclude each other."
+            f"An image gets every {of} whose probability reaches {metrics.THRESHOLD:g}; that may be none, and labels "
+            "that exclude each other."
         )
     limits[-1] += " Probabilities are not calibrated."
     return limits

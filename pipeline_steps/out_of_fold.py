@@ -53,9 +53,7 @@ class Predictions:
     def wrong(self) -> Bools:
         """Of each sample whether anything is predicted wrong, shape (n,)."""
         wrong: Bools = self.actual != self.predicted
-        if self.target.multilabel:
-            wrong = wrong.any(axis=1)
-        return wrong
+        return np.asarray(wrong.any(axis=1)) if self.target.multilabel else wrong
 
 
 def read(params: Params, model: str, name: str, root: Path) -> Predictions:

@@ -63,13 +63,15 @@ def of(targets: Mapping[str, params.Target], rows: pd.DataFrame) -> list[Target]
     """The targets of params.yaml with the classes that these rows have.
 
     Raises:
-        PleatError: two columns of one multilabel target share a class.
+        PleatError: two columns of one multilabel target share a class, or it has one class alone.
     """
     found = []
     for name, target in targets.items():
         columns = target.columns(name)
         _check_distinct(name, columns, rows)
         classes = sorted(set(rows[columns].to_numpy(dtype=object).ravel()))
+        if target.kind == "multilabel" and len(classes) < 2:
+            raise PleatError(f"Target {name} has only the class {', '.join(classes)}; it needs at least two.")
         found.append(Target(name, target.kind == "multilabel", columns, classes))
     return found
 

@@ -160,6 +160,18 @@ def test_of_an_even_number_of_folds_the_later_of_the_two_middle_epochs_is_taken(
     assert refit.run(params(**{"experiment.folds": [0, 1, 2, 3]}), fresh)["epochs"] == 6  # of 2, 3, 6, 8
 
 
+def test_with_lists_of_the_data_set_it_learns_from_both(fresh: Path) -> None:
+    """Fold 0 is the val list, and the only one that was scored; fold 1 is the train list."""
+    write_folds(fresh, lambda rows: rows.assign(fold=rows["fold"].clip(upper=1)))
+    found = refit.run(params(**{"experiment.folds": [0], "split.given": True}), fresh)
+    samples = folds(fresh)
+    assert set(samples["fold"][samples["side"] == "train"]) == {0, 1}
+    listed = (fresh / "data" / "refit" / "package" / refit.TRAINED_ON).read_text().splitlines()
+    assert listed == sorted(samples.index[samples["side"] == "train"])
+    assert (found["n_train"], found["epochs"]) == (36, BEST_EPOCHS[0])
+    assert "over 1 fold" in Page(fresh).text
+
+
 def test_the_same_inputs_give_the_same_bytes(done: Path, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PLEAT_CODE_VERSION", "another commit")  # which DVC does not know of
     refit.run(params(), fresh)

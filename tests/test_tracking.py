@@ -97,7 +97,7 @@ def test_every_epoch_of_a_fold_is_logged_once(finished: Path) -> None:
     uri = f"sqlite:///{finished}/mlflow.db"
     child = runs(uri)[f"{MODEL} fold 1"]
     history = pd.read_csv(finished / "data" / "train" / MODEL / "fold_1" / "history.csv")
-    for name in ("train_loss", "inner_loss", "inner_f1_weighted"):
+    for name in ("train_loss", "train_accuracy", "inner_loss", "inner_accuracy", "inner_f1_weighted"):
         logged = MlflowClient(uri).get_metric_history(child.info.run_id, name)
         assert [metric.step for metric in logged] == history["epoch"].tolist()
         assert [metric.value for metric in logged] == pytest.approx(history[name].tolist())
@@ -194,5 +194,5 @@ def test_a_store_that_fails_later_is_said_once(workspace: Path, monkeypatch: pyt
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
     log = live.LiveLog(params.load(), MODEL, 0)
     for number in (1, 2, 3):
-        log(Epoch(number, 1.0, 1.0, 0.5))
+        log(Epoch(number, 1.0, 0.5, 1.0, 0.5, 0.5))
     assert capsys.readouterr().out.count("cannot be used") == 1
