@@ -14,7 +14,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from filelock import FileLock
 
@@ -23,6 +22,7 @@ from pipeline_steps.files import FLOAT_FORMAT, read_json, read_parquet
 from pipeline_steps.params import Params, flat
 from pipeline_steps.progress import say
 from pipeline_steps.targets import label_columns
+from pipeline_steps.tracked_scores import by_target, holdout_scores, mean_scores, scores_of, spreads_of
 from pipeline_steps.versions import (
     EXPERIMENT,
     EXPERIMENT_TAGS,
@@ -51,8 +51,6 @@ from mlflow.tracking import MlflowClient
 
 KEY_TAG = "pleat.key"
 PARENT_TAG = "mlflow.parentRunId"
-SUMMARY_METRICS = ("f1_weighted", "f1_macro", "accuracy", "roc_auc_macro", "f1_micro", "map_macro")
-SUMMARY_PARTS = {"mean": "", "std": "_std", "ci95_low": "_ci95_low", "ci95_high": "_ci95_high", "pooled": "_pooled"}
 LINK = re.compile(r'<a href="(?!#|https?:)[^"]*">(.*?)</a>', re.DOTALL)
 RUN_TAG = "pleat.run."  # with the name of an Airflow run: that run used this result
 
@@ -132,7 +130,7 @@ class Tracker:
                 name: scores_of(read_parquet(folder / "predictions" / f"{name}.parquet"), target.kind == "multilabel")
                 for name, target in self.params.targets.items()
             }
-            values = {**epochs, **by_target(_means(scores), scores)}
+            values = {**epochs, **by_target(mean_scores(scores), scores)}
             self.client.log_batch(run.info.run_id, metrics=_metrics(values, step=0))
             self._finish(run)
 
@@ -143,7 +141,7 @@ class Tracker:
         run = self._model_run(model)
         run_id = run.info.run_id
         summary = read_json(self.root / "data" / "evaluate" / model / "metrics.json")
-        values = by_target(_spreads(summary), {name: _spreads(own) for name, own in summary["targets"].items()})
+        values = by_target(spreads_of(summary), {name: spreads_of(own) for name, own in summary["targets"].items()})
         self.client.log_batch(run_id, metrics=_metrics(values, step=0))
         self.client.log_artifacts(run_id, str(self.root / "reports" / "models" / model), "report")
         self._finish(run)
@@ -177,7 +175,7 @@ class Tracker:
         run = self._find_or_create(f"{model} refit", key, "refit", model, pipeline.info.run_id)
         if run.info.status != "FINISHED":
             scores = by_target(
-                _of_holdout(about), {name: _of_holdout(own) for name, own in about.get("targets", {}).items()}
+                holdout_scores(about), {name: holdout_scores(own) for name, own in about.get("targets", {}).items()}
             )
             counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout")}
             self.client.log_batch(run.info.run_id, metrics=_metrics({**counts, **scores}, step=0))
@@ -317,53 +315,6 @@ def _pipeline_runs(tags: Mapping[str, str], condition: str = "") -> list[Run]:
     query = condition + " and ".join(f"tags.`pleat.{tag}` = '{value}'" for tag, value in wanted)
     newest = ["attributes.start_time DESC"]
     return list(client.search_runs([found.experiment_id], query, max_results=1, order_by=newest))
-
-
-def scores_of(predictions: pd.DataFrame, multilabel: bool) -> dict[str, float]:
-    """The scores of one target's predictions in one fold (columns label and `p:CLASS`).
-
-    A label of a multilabel target counts from `metrics.THRESHOLD` on, since one fold cannot choose a better threshold.
-    """
-    from sklearn.preprocessing import MultiLabelBinarizer
-
-    from pipeline_steps.metrics import headlines  # late: brings scipy, which takes a second
-
-    classes = [column.removeprefix("p:") for column in map(str, predictions) if column.startswith("p:")]
-    if multilabel:
-        actual = MultiLabelBinarizer(classes=classes).fit_transform(predictions["label"])
-    else:
-        number = {name: code for code, name in enumerate(classes)}
-        actual = np.array([number[label] for label in predictions["label"]], dtype=np.int64)
-    return headlines(actual, predictions[[f"p:{name}" for name in classes]].to_numpy())
-
-
-def by_target(
-    means: Mapping[str, float | None], targets: Mapping[str, Mapping[str, float | None]]
-) -> dict[str, float | None]:
-    """The means over several targets with each target's own scores beside them, as SCORE.TARGET; of one its scores."""
-    if len(targets) == 1:
-        return {**next(iter(targets.values())), **means}
-    own = {f"{name}.{target}": score for target, scores in targets.items() for name, score in scores.items()}
-    return {**means, **own}
-
-
-def _means(targets: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    from pipeline_steps.metrics import mean_of_targets
-
-    return mean_of_targets(list(targets.values()))
-
-
-def _spreads(summary: Mapping[str, Any]) -> dict[str, float | None]:
-    return {
-        name + suffix: summary[name][part]
-        for name in SUMMARY_METRICS
-        if name in summary
-        for part, suffix in SUMMARY_PARTS.items()
-    }
-
-
-def _of_holdout(scores: Mapping[str, Any]) -> dict[str, float | None]:
-    return {f"holdout_{name}": scores[name] for name in SUMMARY_METRICS if name in scores}
 
 
 def _as_written(line: Mapping[Any, Any]) -> dict[str, float | None]:

@@ -1,4 +1,4 @@
-"""A package of two multiclass targets and a multilabel one: as served, in a fresh process, by `predict`, in the gate."""
+"""A package of two multiclass targets and a multilabel one: served, in a fresh process, by `predict`, in the gate."""
 
 import json
 import shutil

@@ -12,7 +12,8 @@ from sklearn.metrics import accuracy_score, average_precision_score, f1_score, r
 
 from pipeline_steps import tracking
 from pipeline_steps.files import write_json
-from pipeline_steps.tracking import Tracker, by_target, scores_of
+from pipeline_steps.tracked_scores import by_target, scores_of
+from pipeline_steps.tracking import Tracker
 
 MODEL = "cnn_tiny"
 SETTINGS: dict[str, Any] = {
