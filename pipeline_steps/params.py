@@ -32,8 +32,9 @@ KINDS = {
 # Columns of the manifest and of later tables; a target of such a name would hide them.
 TAKEN = {
     "sample_id", "batch", "source_path", "sender_id", "given", "width", "height", "n_bytes", "phash", "group", "side",
-    "fold", "reason", "detail", "error", "path", "aspect_ratio",
+    "fold", "reason", "detail", "error", "path", "aspect_ratio", "model_version", "pixels",
 }  # fmt: skip
+TAKEN_ENDS = ("_probability", "_top_k")  # of the columns that a served model answers beside each target
 
 
 class Strict(BaseModel):
@@ -292,7 +293,8 @@ class Params(Strict):
     @classmethod
     def _names_are_free(cls, targets: dict[str, Any]) -> dict[str, Any]:
         columns = {column for name, target in targets.items() for column in target.columns(name)}
-        for taken in sorted(TAKEN & {*targets, *columns}):
+        taken_ends = {name for name in targets if name.endswith(TAKEN_ENDS)}
+        for taken in sorted(TAKEN & {*targets, *columns} | taken_ends):
             raise ValueError(f"names '{taken}', which is a column that the pipeline fills itself; use another name")
         return targets
 
