@@ -247,7 +247,10 @@ def folds(files: dict[str, bytes]) -> set[str]:
 
 def test_the_results_are_those_of_dvc_repro(run: Run, oracle: Future[str], checkouts: Path) -> None:
     assert "Running stage 'train@cnn_tiny-0'" in oracle.result()
-    for name in ("reports/leaderboard.json", *(f"{TRAINED}/fold_{fold}/predictions/label.parquet" for fold in range(3))):
+    for name in (
+        "reports/leaderboard.json",
+        *(f"{TRAINED}/fold_{fold}/predictions/label.parquet" for fold in range(3)),
+    ):
         assert (run.second / name).read_bytes() == (checkouts / "oracle" / name).read_bytes(), name
     expected, found = lock(checkouts / "oracle"), lock(run.second)
     assert {"train@cnn_tiny-0", "evaluate@cnn_tiny", "compare"} <= found.keys()

@@ -158,6 +158,11 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
             "`targets` names 'side', which is a column that the pipeline fills itself; use another name.",
         ),
         (
+            "targets.side_top_k",
+            {"kind": "multiclass"},
+            "`targets` names 'side_top_k', which is a column that the pipeline fills itself; use another name.",
+        ),
+        (
             "targets.both",
             BOTH | {"of": ["colour", "given"]},
             "`targets` names 'given', which is a column that the pipeline fills itself; use another name.",
