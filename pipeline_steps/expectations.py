@@ -12,6 +12,7 @@ from ruamel.yaml.error import YAMLError
 
 from pipeline_steps import params
 from pipeline_steps.errors import PleatError
+from pipeline_steps.params_errors import sentence
 
 ROWS_NAMED = 5
 LABEL_COLUMN = "{label}"  # as the `column` of an expectation: one for each label column
@@ -73,7 +74,7 @@ def read_suite(path: Path, label_columns: list[str]) -> list[Rule]:
         try:
             rule = Rule.model_validate(entry)
         except ValidationError as error:
-            raise PleatError(params.sentence(error.errors()[0], f"{path}, entry {number}")) from None
+            raise PleatError(sentence(error.errors()[0], f"{path}, entry {number}")) from None
         for one in _of_each_column(rule, label_columns):
             if one in rules:
                 raise PleatError(f"{path}, entry {number}: {one.name()} stands there twice; remove one.")

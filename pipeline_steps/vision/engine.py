@@ -193,22 +193,22 @@ def _train_epoch(
     shuffled = rows[torch.randperm(len(rows), generator=order).to(rows.device)]
     mirrored = torch.rand(len(rows), generator=order).to(rows.device) < (0.5 if schedule.mirror else 0.0)
     total = torch.zeros((), device=rows.device)
-    seen, answered = [], []
+    truths, answers = [], []
     for part, view in zip(shuffled.split(schedule.batch_size), mirrored.split(schedule.batch_size), strict=True):
         if len(part) == 1 and min(len(rows), schedule.batch_size) > 1:
             continue  # the rest of an epoch; batch norm learns nothing good from a single sample
         optimizer.zero_grad(set_to_none=True)
-        logits = network(inputs.batch(part, view))
-        value = loss(logits, codes[part])
+        logits, truth = network(inputs.batch(part, view)), codes[part]
+        value = loss(logits, truth)
         value.backward()
         optimizer.step()
         cycle.step()
         average.update_parameters(network)
         total += value.detach() * len(part)
-        seen.append(part)
-        answered.append(logits.detach())
-    probabilities = objective.probabilities(torch.cat(answered))  # once an epoch: a head's batches are too quick for it
-    return float(total) / len(rows), objective.accuracy(probabilities, codes[torch.cat(seen)])
+        truths.append(truth)
+        answers.append(logits.detach())
+    probabilities = objective.probabilities(torch.cat(answers))  # once an epoch: a head's batches are too quick for it
+    return float(total) / len(rows), objective.accuracy(probabilities, torch.cat(truths))
 
 
 def _inner_scores(

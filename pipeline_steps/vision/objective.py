@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 import torch
-from sklearn.metrics import accuracy_score, f1_score
+from sklearn.metrics import f1_score
 from torch import Tensor
 
 from pipeline_steps.vision.losses import ClassWeights, Loss, class_weights, positive_weights
@@ -40,11 +40,11 @@ class Objective:
 
     def split(self, values: Tensor) -> Sequence[Tensor]:
         """Logits or probabilities (n, n_outputs) as one (n, n_classes) for each target."""
-        return values.split([output.n_classes for output in self.outputs], dim=1)
+        return _parts(values, [output.n_classes for output in self.outputs])
 
     def split_codes(self, codes: Tensor) -> Sequence[Tensor]:
         """Codes (n, k) as (n,) for each multiclass target and (n, n_classes) for each multilabel one."""
-        parts = codes.split([output.n_classes if output.multilabel else 1 for output in self.outputs], dim=1)
+        parts = _parts(codes, [output.n_classes if output.multilabel else 1 for output in self.outputs])
         return [part if output.multilabel else part[:, 0] for output, part in zip(self.outputs, parts, strict=True)]
 
     def weights(self, codes: Tensor) -> list[Tensor | None]:
@@ -64,7 +64,7 @@ class Objective:
                 self.outputs, self.split(logits), self.split_codes(codes), weights, strict=True
             )
         ]
-        return torch.stack(losses).sum()
+        return sum(losses[1:], start=losses[0])
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits to probabilities, both (n, n_outputs): softmax in a multiclass target, else each sigmoid."""
@@ -85,7 +85,8 @@ class Objective:
             probabilities: (n, n_outputs).
             codes: (n, k).
         """
-        return fmean(accuracy_score(truth, found) for truth, found in self._decided(probabilities, codes))
+        right = [truth == found for truth, found in self._decided(probabilities, codes)]
+        return fmean(float(part.reshape(len(part), -1).all(1).double().mean()) for part in right)
 
     def score(self, probabilities: Tensor, codes: Tensor) -> float:
         """The mean over the targets of weighted F1, in a multilabel target over the classes that apply.
@@ -106,3 +107,8 @@ class Objective:
             (truth.cpu(), ((part >= THRESHOLD).long() if output.multilabel else part.argmax(1)).cpu())
             for output, part, truth in parts
         ]
+
+
+def _parts(values: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """Columns of `values` as parts of these widths."""
+    return values.split(widths, dim=1) if len(widths) > 1 else [values]  # called with each of a head's quick batches
