@@ -47,9 +47,9 @@ def run(
     seed = params.experiment.seed * 1000 + fold
     learn, inner, scored = divide(samples, learned, fold, training.inner_fraction, seed)
     for target in learned:
-        absent = _absent(target, samples.iloc[learn.numpy()])
+        absent = ", ".join(_absent(target, samples.iloc[learn.numpy()]))
         if absent:
-            say(f"train {model} fold {fold}: warning: no sample to learn from for {target.name} {', '.join(absent)}")
+            say(f"train {model} fold {fold}: warning: target {target.name} has no sample to learn {absent} from")
 
     torch.manual_seed(seed)
     network = build_network(settings, training, inputs, objective.n_outputs)

@@ -280,7 +280,7 @@ def test_a_class_that_no_sample_teaches_is_told_and_the_others_are_learned(
     rows = rows[(rows["label"] != "Pants") | (rows["fold"] == 1)]
     write_inputs(tmp_path, rows, separable(samples()))
     train.run(settings, "frozen", 1, tmp_path)
-    warning = "train frozen fold 1: warning: no sample to learn from for label Pants"
+    warning = "train frozen fold 1: warning: target label has no sample to learn Pants from"
     assert warning in capsys.readouterr().out
     found = pd.read_parquet(tmp_path / "data/train/frozen/fold_1/predictions/label.parquet")
     assert list(found.filter(like="p:")) == [f"p:{name}" for name in CLASSES]

@@ -207,7 +207,7 @@ def _train_epoch(
         total += value.detach() * len(part)
         truths.append(truth)
         answers.append(logits.detach())
-    probabilities = objective.probabilities(torch.cat(answers))  # once an epoch: a head's batches are too quick for it
+    probabilities = objective.probabilities(torch.cat(answers))  # once an epoch, since a head's steps are quick
     return float(total) / len(rows), objective.accuracy(probabilities, torch.cat(truths))
 
 

@@ -111,4 +111,4 @@ class Objective:
 
 def _parts(values: Tensor, widths: list[int]) -> Sequence[Tensor]:
     """Columns of `values` as parts of these widths."""
-    return values.split(widths, dim=1) if len(widths) > 1 else [values]  # called with each of a head's quick batches
+    return values.split(widths, dim=1) if len(widths) > 1 else [values]  # a split would slow a head's quick steps
