@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 from typing import Any
 
-from clone import Watched, Workspace, fresh_clone, print_stages, ran
+from clone import Watched, Workspace, fresh_clone, print_stages, ran, stages
 from measure import data_folder, on_this_machine, verdict
 
 MODEL = "mobilenetv2_100"
 NO_HOLDOUT = "split.holdout.fraction=0"
 LEARNING_RATE = f"training.{MODEL}.learning_rate=0.002"
-ALLOWED_AFTER_HEAD = ("train", "evaluate", "profile", "compare")
+ALLOWED_AFTER_HEAD = ("train", "evaluate", "profile", "compare", "refit", "register")
+AFTER_LEADERBOARD = ("refit", "register")
 REPRO_SECONDS, AGAIN_SECONDS, GIB = 120, 3, 4
 F1_NO_HOLDOUT, F1_HOLDOUT = 0.78, 0.77
 
@@ -65,9 +66,9 @@ def measure(clone: Workspace, data: Path) -> None:
 
     unexpected = not_of_the_head(ran(head))
     print("\nTargets on 2 cores:")
-    print(verdict("empty cache to leaderboard", first.seconds, "<=", REPRO_SECONDS, " s"))
+    print(verdict("empty cache to leaderboard", until_leaderboard(first), "<=", REPRO_SECONDS, " s"))
     print(verdict("nothing changed", again.seconds, "<=", AGAIN_SECONDS, " s"))
-    print(verdict("stages that ran with nothing changed", len(ran(again)), "<=", 0))
+    print(verdict("stages but register that ran with nothing changed", len(set(ran(again)) - {"register"}), "<=", 0))
     print(verdict("stages before the head that ran for its parameter", len(unexpected), "<=", 0))
     print(verdict("peak memory", first.peak_bytes / 2**30, "<=", GIB, " GiB"))
     for name, target in (("holdout off", F1_NO_HOLDOUT), ("normal holdout", F1_HOLDOUT)):
@@ -78,6 +79,12 @@ def read_scores(root: Path) -> dict[str, Any]:
     """What the stage `evaluate` found."""
     scores: dict[str, Any] = json.loads((root / "data" / "evaluate" / MODEL / "metrics.json").read_text())
     return scores
+
+
+def until_leaderboard(watched: Watched) -> float:
+    """Seconds without the stages that come after the leaderboard."""
+    found = stages(watched)
+    return watched.seconds - sum(found[name][1] for name in AFTER_LEADERBOARD)
 
 
 def stages_that_ran(watched: Watched) -> str:

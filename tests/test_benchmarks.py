@@ -105,6 +105,12 @@ def test_a_busy_machine_is_named() -> None:
     assert "25% during" in warning(0.0, 0.25)
 
 
+def test_the_leaderboard_is_there_before_the_last_stages() -> None:
+    clone = load("clone")
+    lines = [(1.0, "Running stage 'compare':"), (5.0, "Running stage 'refit':"), (8.0, "Running stage 'register':")]
+    assert load("pipeline").until_leaderboard(clone.Watched(seconds=10.0, lines=lines)) == 5.0
+
+
 def test_stages_before_the_head_are_found() -> None:
     names = ["prepare@m-b", "train@m-0", "evaluate@m", "compare"]
     assert load("pipeline").not_of_the_head(names) == ["prepare@m-b"]

@@ -12,9 +12,6 @@ import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from pipeline_steps.metrics import HEADLINES
-from pipeline_steps.plots import LABELS
-from pipeline_steps.plots_compare import with_unit
 from pipeline_steps.serving.upright import upright_rgb
 
 if TYPE_CHECKING:
@@ -50,6 +47,9 @@ def model_page(
         n_wrong: how many images have anything predicted wrong.
         pictures: folder that holds the PNG files.
     """
+    # Late, as pages of tables alone need neither scikit-learn nor matplotlib.
+    from pipeline_steps.plots import LABELS
+
     gallery = [row | {"thumbnail": thumbnail(row["encoded"])} for row in worst.to_dict("records")]
     return render(
         "model.html.j2",
@@ -77,6 +77,9 @@ def targets_page(model: str, summary: Mapping[str, Any], folds: pd.DataFrame, pi
         folds: one row a fold: the means over targets.
         pictures: folder that holds the PNG files.
     """
+    from pipeline_steps.metrics import HEADLINES
+    from pipeline_steps.plots import LABELS
+
     return render(
         "targets.html.j2",
         model=model,
@@ -108,6 +111,9 @@ def landing_page(
         counts: data/validate/counts.json, or empty where there is none.
         reports: the folder the page will lie in; it links only to what exists there.
     """
+    from pipeline_steps.metrics import HEADLINES
+    from pipeline_steps.plots import LABELS
+
     links = [
         ("validation/index.html", "Data validation"),
         ("split/balance.png", "Balance of the split"),
@@ -183,8 +189,14 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"score": _score, "unit": with_unit, "heat": _heat, "bars": _bars}
+    environment.filters |= {"score": _score, "unit": _unit, "heat": _heat, "bars": _bars}
     return environment
+
+
+def _unit(count: float) -> str:
+    from pipeline_steps.plots_compare import with_unit
+
+    return with_unit(count)
 
 
 def _score(value: float | None, form: str = ".3f") -> str:
