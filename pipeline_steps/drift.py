@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import fsum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +53,8 @@ def total_variation(first: Mapping[str, int], second: Mapping[str, int]) -> floa
         second: likewise.
     """
     n_first, n_second = sum(first.values()), sum(second.values())
-    names = {*first, *second}
-    return 0.5 * sum(abs(first.get(name, 0) / n_first - second.get(name, 0) / n_second) for name in names)
+    names = {*first, *second}  # in any order: fsum rounds once
+    return 0.5 * fsum(abs(first.get(name, 0) / n_first - second.get(name, 0) / n_second) for name in names)
 
 
 def label_distance(
