@@ -108,8 +108,15 @@ def _defines(recipe: Params, model: str) -> bool:
 
 
 def _models(recipes: Mapping[str, Params]) -> list[str]:
-    """Every model that some recipe defines completely, in the order in which they are met."""
-    return list(dict.fromkeys(name for each in recipes.values() for name in each.models if _defines(each, name)))
+    """Every model that some recipe defines completely and that any recipe may train, in the order they are met in."""
+    names = dict.fromkeys(name for each in recipes.values() for name in each.models if _defines(each, name))
+    multiclass = any(target.kind == "multiclass" for each in recipes.values() for target in each.targets.values())
+    return [name for name in names if not (multiclass and "asymmetric" in _losses(recipes, name))]
+
+
+def _losses(recipes: Mapping[str, Params], model: str) -> set[str]:
+    """The kinds of loss that the recipes train a model with."""
+    return {each.training[model].loss.kind for each in recipes.values() if model in each.training}
 
 
 def _batches(root: Path) -> list[str]:
@@ -248,7 +255,10 @@ def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
             ]
             size["minimum"] = max(size["minimum"], *pooled)
         keys |= {("models", name, *key): schema for key, schema in shared.items()}
-        keys |= {("training", name, *key): schema for key, schema in _leaves(params.Training.model_json_schema())}
+        training = dict(_leaves(params.Training.model_json_schema()))
+        if _losses(recipes, name) != {"cross_entropy"}:  # no other loss takes it
+            del training["label_smoothing",]
+        keys |= {("training", name, *key): schema for key, schema in training.items()}
     return keys
 
 

@@ -297,6 +297,15 @@ def test_a_class_that_no_row_teaches_does_no_harm(tmp_path: Path) -> None:
     assert torch.isfinite(probabilities).all()
 
 
+def test_a_single_sample_at_the_end_of_an_epoch_is_left_out(tmp_path: Path) -> None:
+    codes, rows = labels()[:, None], torch.arange(0, 33)
+    fitted = fit(cnn(), OBJECTIVE, pixels(), codes, rows, INNER, SCHEDULE, tmp_path / "c.pt", "v1", lambda _: None)
+    for line in fitted.history:
+        assert line.train_accuracy * 32 == pytest.approx(round(line.train_accuracy * 32))
+    steps = torch.load(tmp_path / "c.pt", weights_only=True)["average"]["n_averaged"]
+    assert int(steps) == 2 * len(fitted.history)
+
+
 def test_batches_of_one_sample_are_trained_on(tmp_path: Path) -> None:
     schedule = replace(SCHEDULE, batch_size=1, max_epochs=2)
     fitted = run(head(), features(), tmp_path / "c.pt", schedule=schedule)

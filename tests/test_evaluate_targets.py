@@ -2,9 +2,10 @@
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -17,24 +18,23 @@ from pipeline_steps import evaluate, mistakes
 from pipeline_steps.errors import PleatError
 
 
+def evaluated(root: Path, columns: Mapping[str, Sequence[str]], targets: Mapping[str, Any]) -> Path:
+    folds = synthetic.make_data(root, columns, n=180)
+    synthetic.make_model(root, MODEL, folds, columns, targets)
+    evaluate.run(synthetic.params([MODEL], targets=targets), MODEL, root)
+    return root
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two multiclass targets that share a class name, after `evaluate`."""
-    root = tmp_path_factory.mktemp("two")
-    folds = synthetic.make_data(root, synthetic.APPAREL, n=180)
-    synthetic.make_model(root, MODEL, folds, synthetic.APPAREL, synthetic.TWO)
-    evaluate.run(synthetic.params([MODEL], targets=synthetic.TWO), MODEL, root)
-    return root
+    return evaluated(tmp_path_factory.mktemp("two"), synthetic.APPAREL, synthetic.TWO)
 
 
 @pytest.fixture(scope="module")
 def tags(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one multilabel target, after `evaluate`."""
-    root = tmp_path_factory.mktemp("tags")
-    folds = synthetic.make_data(root, synthetic.TAGS, n=180)
-    synthetic.make_model(root, MODEL, folds, synthetic.TAGS, synthetic.MANY)
-    evaluate.run(synthetic.params([MODEL], targets=synthetic.MANY), MODEL, root)
-    return root
+    return evaluated(tmp_path_factory.mktemp("tags"), synthetic.TAGS, synthetic.MANY)
 
 
 def test_headline_scores_are_the_means_of_the_targets_fold_by_fold(two: Path) -> None:

@@ -2,51 +2,26 @@
 
 import json
 import math
-from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import REPOSITORY
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from trigger_projects import OWN, Form, checkout, read, refusal, refused, settings_of, write_tangled, yaml_1_1
+from trigger_projects import OWN, read, refused, settings_of, yaml_1_1
 
-from pipeline_steps import params, recipes, trigger_form
+from pipeline_steps import recipes, trigger_form
 from pipeline_steps.errors import PleatError
 
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return checkout(tmp_path)
+pytest_plugins = ["trigger_projects"]
 
 
-@pytest.fixture(scope="module")
-def tangled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tangled(tmp_path_factory.mktemp("tangled"))
-
-
-@pytest.fixture(scope="module", params=["checkout", "tangled"])
-def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "checkout":
-        return checkout(tmp_path_factory.mktemp("checkout"))
-    return request.getfixturevalue("tangled")
-
-
-@pytest.fixture(scope="module")
-def form(either: Path) -> Form:
-    return trigger_form.fields(either)
-
-
-def test_by_default_a_run_uses_params_yaml(root: Path) -> None:
+def test_by_default_a_run_uses_params_yaml(project: Path) -> None:
     own = (REPOSITORY / "params.yaml").read_text()
-    (root / "params.yaml").write_text(own)
-    text = trigger_form.document(root, {})
+    (project / "params.yaml").write_text(own)
+    text = trigger_form.document(project, {})
     assert read(text) == read(own)
     assert json.dumps(read(text)) == json.dumps(read(own))  # the keys' order and 1 against 1.0 too
     assert text == trigger_form.document(
-        root,
+        project,
         {
             "recipe": "params.yaml",
             "models": None,
@@ -59,10 +34,10 @@ def test_by_default_a_run_uses_params_yaml(root: Path) -> None:
     )
 
 
-def test_a_recipe_keeps_its_name_and_takes_the_batches_of_the_checkout(root: Path) -> None:
-    expected = read((root / "recipes" / "clothing.yaml").read_text())
+def test_a_recipe_keeps_its_name_and_takes_the_batches_of_the_checkout(project: Path) -> None:
+    expected = read((project / "recipes" / "clothing.yaml").read_text())
     expected["experiment"]["batches"] = ["sample"]
-    assert settings_of(root, {"recipe": "clothing"}) == expected
+    assert settings_of(project, {"recipe": "clothing"}) == expected
     assert expected["experiment"]["recipe"] == "clothing"
 
 
@@ -120,6 +95,10 @@ models:
     kind: frozen
     backbone: resnet18
     weights: null
+  many:
+    kind: frozen
+    backbone: resnet18
+    weights: null
   "on":
     kind: custom_cnn
     input_size: 12
@@ -152,7 +131,27 @@ training:
     learning_rate: 1
     weight_decay: 1.0e+22
     loss:
-      kind: cross_entropy
+      kind: focal
+      gamma: 2.0
+    label_smoothing: 0
+    class_weights: balanced
+    weight_average: 0
+    mirror: false
+  many:
+    head:
+      hidden: 0
+      dropout: 0.2
+    max_epochs: 1
+    patience: 1
+    inner_fraction: 0.5
+    batch_size: 1
+    learning_rate: 1
+    weight_decay: 0
+    loss:
+      kind: asymmetric
+      gamma_positive: 0.0
+      gamma_negative: 2.0
+      margin: 0.05
     label_smoothing: 0
     class_weights: balanced
     weight_average: 0
@@ -198,8 +197,8 @@ inbox:
     )
 
 
-def test_a_recipe_keeps_its_targets_and_the_split_of_its_data_set(root: Path) -> None:
-    settings = settings_of(root, {"recipe": "attributes", "folds": 5, "models": ["cnn_tiny"]})
+def test_a_recipe_keeps_its_targets_and_the_split_of_its_data_set(project: Path) -> None:
+    settings = settings_of(project, {"recipe": "attributes", "folds": 5, "models": ["cnn_tiny"]})
     assert list(settings["targets"]) == [f"category{number}" for number in range(1, 7)]
     assert settings["split"]["given"] is True
     assert settings["experiment"]["folds"] == [0], "the data set's own val list is the one fold"
@@ -264,106 +263,11 @@ def test_aliases_and_words_that_look_like_other_types(tangled: Path) -> None:
         ),
     ],
 )
-def test_the_form_does_what_pleat_use_does(recipe: str, conf: dict, assignments: list[str], root: Path) -> None:
+def test_the_form_does_what_pleat_use_does(recipe: str, conf: dict, assignments: list[str], project: Path) -> None:
     batches = [] if "batches" in conf else ["experiment.batches=[sample]"]
-    by_form = settings_of(root, {"recipe": recipe, **conf})
-    recipes.use(recipe, [*batches, *assignments], root)
-    assert by_form == read((root / "params.yaml").read_text())
-
-
-def check_document(root: Path, form: Form, conf: Mapping[str, Any]) -> None:
-    """Checks a run's params.yaml against what its configuration says, as far as that can be read off directly."""
-    text = trigger_form.document(root, conf)
-    found = read(text)
-    assert yaml_1_1(text) == found
-    loaded = params.check(found, "params.yaml")
-    recipe = conf.get("recipe", "params.yaml")
-    source = params.load(root / (recipe if recipe == "params.yaml" else f"recipes/{recipe}.yaml")).experiment
-    chosen = loaded.experiment
-    assert chosen.recipe == source.recipe
-    assert chosen.models == (conf.get("models") or source.models)
-    assert chosen.batches == conf.get("batches", form["batches"]["default"])
-    ask = conf.get("folds") and not loaded.split.given
-    assert chosen.folds == (list(range(int(conf["folds"]))) if ask else source.folds)
-    overrides = conf.get("overrides") or {}
-    for model in chosen.models:
-        if conf.get("epochs"):
-            expected = overrides.get(f"training.{model}.max_epochs", conf["epochs"])
-            assert loaded.training[model].max_epochs == expected
-    for key, value in overrides.items():
-        block, *below = key.split(".")
-        name = next((name for name in form["models"]["examples"] if key.startswith(f"{block}.{name}.")), None)
-        node = found[block]
-        if name:
-            if name not in node:
-                assert name not in chosen.models
-                continue
-            node, below = node[name], key.removeprefix(f"{block}.{name}.").split(".")
-        for part in below:
-            node = node[part]
-        assert node == value
-
-
-def fitting(rule: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Values that a schema of the form accepts."""
-    if "enum" in rule:
-        return st.sampled_from(rule["enum"])
-    kinds = rule["type"] if isinstance(rule["type"], list) else [rule["type"]]
-    least, most = rule.get("minimum"), rule.get("maximum")
-    if "integer" in kinds:
-        if "exclusiveMaximum" in rule:
-            most = rule["exclusiveMaximum"] - 1
-        whole = st.integers(least, most)
-        values = whole | whole.map(float)
-    elif "number" in kinds:
-        values = st.floats(
-            rule.get("exclusiveMinimum", least),
-            rule.get("exclusiveMaximum", most),
-            exclude_min="exclusiveMinimum" in rule,
-            exclude_max="exclusiveMaximum" in rule,
-            allow_nan=False,
-            allow_infinity=False,
-        )
-    elif "boolean" in kinds:
-        values = st.booleans()
-    elif "array" in kinds:
-        values = st.lists(fitting(rule["items"]), min_size=rule.get("minItems", 0), unique=True)
-    else:
-        keys = st.lists(st.sampled_from(sorted(rule["properties"])), unique=True, max_size=8)
-        values = keys.flatmap(lambda chosen: st.fixed_dictionaries({k: fitting(rule["properties"][k]) for k in chosen}))
-    return values | st.none() if "null" in kinds else values
-
-
-ANYTHING = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.sampled_from([2**32, 10**400, 1e308, 3.0]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=2),
-    max_leaves=4,
-)
-
-
-@given(data=st.data())
-@settings(max_examples=50, deadline=None)
-def test_whatever_the_schemas_accept_gives_a_valid_params_yaml(either: Path, form: Form, data: st.DataObject) -> None:
-    conf = data.draw(st.fixed_dictionaries({}, optional={name: fitting(field) for name, field in form.items()}))
-    assert not refusal(form, conf)
-    check_document(either, form, conf)
-
-
-@given(data=st.data())
-@settings(max_examples=50, deadline=None)
-def test_values_from_anywhere_are_used_or_refused_in_a_sentence(either: Path, form: Form, data: st.DataObject) -> None:
-    known = form["overrides"]["properties"]
-    wild = {
-        name: ANYTHING | st.lists(st.sampled_from(field.get("examples", form["recipe"]["enum"])), max_size=3)
-        for name, field in form.items()
-    }
-    wild["overrides"] = ANYTHING | st.dictionaries(st.sampled_from(sorted(known)) | st.text(), ANYTHING, max_size=3)
-    conf = data.draw(st.fixed_dictionaries({}, optional=wild))
-    if refusal(form, conf):
-        with suppress(PleatError):
-            trigger_form.document(either, conf)
-    else:
-        check_document(either, form, conf)
+    by_form = settings_of(project, {"recipe": recipe, **conf})
+    recipes.use(recipe, [*batches, *assignments], project)
+    assert by_form == read((project / "params.yaml").read_text())
 
 
 # What is wrong is said in one sentence
@@ -397,25 +301,25 @@ def test_values_from_anywhere_are_used_or_refused_in_a_sentence(either: Path, fo
         ({"batches": []}, "`experiment.batches` must be a list of at least 1, but got []."),
     ],
 )
-def test_sentences(conf: dict, sentence: str, root: Path) -> None:
-    assert refused(root, conf) == f"Trigger form: {sentence}"
+def test_sentences(conf: dict, sentence: str, project: Path) -> None:
+    assert refused(project, conf) == f"Trigger form: {sentence}"
 
 
-def test_a_listed_batch_that_is_nowhere(root: Path) -> None:
-    (root / "data" / "raw" / "sample").rmdir()
+def test_a_listed_batch_that_is_nowhere(project: Path) -> None:
+    (project / "data" / "raw" / "sample").rmdir()
     sentence = (
-        f"{root}/params.yaml lists the batch 'sample', but {root}/data/raw holds neither a folder sample nor "
+        f"{project}/params.yaml lists the batch 'sample', but {project}/data/raw holds neither a folder sample nor "
         "sample.dvc; bring it with `pleat data add SOURCE --name sample`, or take it off the list."
     )
     with pytest.raises(PleatError) as caught:
-        trigger_form.fields(root)
+        trigger_form.fields(project)
     assert str(caught.value) == sentence
-    assert refused(root, {"batches": ["clothing"]}) == sentence
+    assert refused(project, {"batches": ["clothing"]}) == sentence
 
 
-def test_a_recipe_that_is_wrong_is_named(root: Path) -> None:
-    path = root / "recipes" / "sample.yaml"
+def test_a_recipe_that_is_wrong_is_named(project: Path) -> None:
+    path = project / "recipes" / "sample.yaml"
     path.write_text(path.read_text().replace("seed: 17", "seed: lucky"))
     with pytest.raises(PleatError) as caught:
-        trigger_form.fields(root)
+        trigger_form.fields(project)
     assert str(caught.value) == f"{path}: `experiment.seed` must be a whole number, but got 'lucky'."

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from jsonschema import Draft202012Validator
-from trigger_projects import checkout, refusal, refused, schema, settings_of, write_tangled
+from trigger_projects import refusal, refused, schema, settings_of
 
 from pipeline_steps import trigger_form
+
+pytest_plugins = ["trigger_projects"]
 
 TRAINING_KEYS = [
     "head.hidden",
@@ -52,18 +54,8 @@ SHARED_KEYS = [
 RECIPES = ["apparel", "attributes", "clothing", "clothing_top10", "dogs", "sample"]
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return checkout(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def tangled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tangled(tmp_path_factory.mktemp("tangled"))
-
-
-def test_the_fields_of_this_checkout(root: Path) -> None:
-    form = trigger_form.fields(root)
+def test_the_fields_of_this_checkout(project: Path) -> None:
+    form = trigger_form.fields(project)
     models = [
         "cnn_small", "cnn_tiny", "mobilenetv2_100", "resnet50", "vgg16", "inception_v3", "custom_cnn", "convnext_large",
         "convnext_tiny", "convnext_base",
@@ -111,12 +103,12 @@ def test_the_fields_of_this_checkout(root: Path) -> None:
         ("training.cnn_tiny.mirror", [True, False], [1, 0, "true", None]),
     ],
 )
-def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_not: list, root: Path) -> None:
-    form = trigger_form.fields(root)
+def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_not: list, project: Path) -> None:
+    form = trigger_form.fields(project)
     for value in fits:
         assert not refusal(form, {"overrides": {key: value}})
         *above, last = key.split(".")
-        block = settings_of(root, {"overrides": {key: value}})
+        block = settings_of(project, {"overrides": {key: value}})
         for part in above:
             block = block[part]
         assert block[last] == value
@@ -161,11 +153,11 @@ def test_each_override_takes_what_params_yaml_takes(key: str, fits: list, does_n
         ("overrides", [], "[] is not of type 'object', 'null'"),
     ],
 )
-def test_bad_values_are_refused_and_named(field: str, value: Any, named: str, root: Path) -> None:
-    message = refusal(trigger_form.fields(root), {field: value})
+def test_bad_values_are_refused_and_named(field: str, value: Any, named: str, project: Path) -> None:
+    message = refusal(trigger_form.fields(project), {field: value})
     assert named in message
     # Whoever calls `document` without the schemas gets a sentence as well; most of these it cannot use either.
-    assert refused(root, {field: value})
+    assert refused(project, {field: value})
 
 
 def test_what_two_recipes_mean_by_one_name_is_changed_only_as_far_as_both_allow(tangled: Path) -> None:
@@ -179,12 +171,12 @@ def test_what_two_recipes_mean_by_one_name_is_changed_only_as_far_as_both_allow(
     }
 
 
-def test_folders_that_cannot_be_batches_are_not_offered(root: Path) -> None:
-    raw = root / "data" / "raw"
+def test_folders_that_cannot_be_batches_are_not_offered(project: Path) -> None:
+    raw = project / "data" / "raw"
     for name in (".adding-new", "with space", "-x", "x" * 81):
         (raw / name).mkdir()
     (raw / "README.md").touch()
-    assert trigger_form.fields(root)["batches"]["examples"] == ["clothing", "sample"]
+    assert trigger_form.fields(project)["batches"]["examples"] == ["clothing", "sample"]
 
 
 # Airflow
@@ -211,7 +203,7 @@ from airflow.serialization.serialized_objects import DagSerialization
 from pipeline_steps import trigger_form
 
 order = json.load(sys.stdin)
-fields = trigger_form.fields(Path(order["root"]))
+fields = trigger_form.fields(Path(order["project"]))
 with DAG("form", schedule=None, params={name: Param(**field) for name, field in fields.items()}) as dag:
     pass
 served = DagSerialization.from_dict(json.loads(json.dumps(DagSerialization.to_dict(dag))))
@@ -252,8 +244,8 @@ REFUSED = [
 ]
 
 
-def test_airflow_accepts_and_refuses_the_same(root: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    order = {"root": str(root), "confs": [*ACCEPTED, *(conf for conf, _, _ in REFUSED)]}
+def test_airflow_accepts_and_refuses_the_same(project: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    order = {"project": str(project), "confs": [*ACCEPTED, *(conf for conf, _, _ in REFUSED)]}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("AIRFLOW")}
     done = subprocess.run(
         [sys.executable, "-c", AIRFLOW],
@@ -264,13 +256,13 @@ def test_airflow_accepts_and_refuses_the_same(root: Path, tmp_path_factory: pyte
     )
     assert done.returncode == 0, done.stderr
     answers = json.loads(done.stdout.rpartition("ANSWERS")[2])
-    form = trigger_form.fields(root)
+    form = trigger_form.fields(project)
     defaults = {name: field["default"] for name, field in form.items()}
     for conf, of_both in zip(ACCEPTED, answers, strict=False):
         assert not refusal(form, conf)
         for answer in of_both:
             assert answer == {"params": defaults | conf}
-            assert trigger_form.document(root, answer["params"]) == trigger_form.document(root, conf)
+            assert trigger_form.document(project, answer["params"]) == trigger_form.document(project, conf)
     for (conf, field, words), of_both in zip(REFUSED, answers[len(ACCEPTED) :], strict=True):
         assert refusal(form, conf)
         for answer in of_both:

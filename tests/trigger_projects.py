@@ -62,12 +62,14 @@ split: {given: false, group_by: sender_id, near_copy_max_distance: 0, holdout: {
 models:
   half: {kind: custom_cnn, input_size: 8, blocks: [{filters: 8, kernel: 3, pool: 1}]}
   net.v2: {kind: frozen, backbone: resnet18, weights: null}
+  many: {kind: frozen, backbone: resnet18, weights: null}
   "on": {kind: custom_cnn, input_size: 9, blocks: [{filters: 8, kernel: 3, pool: 3}, {filters: 8, kernel: 3, pool: 3}]}
 training:
   half: &training {head: {hidden: 0, dropout: 0.2}, max_epochs: 1, patience: 1, inner_fraction: 0.5, batch_size: 1,
     learning_rate: 1, weight_decay: 0, loss: {kind: cross_entropy}, label_smoothing: 0, class_weights: balanced,
     weight_average: 0, mirror: false}
-  net.v2: {<<: *training, max_epochs: 60}
+  net.v2: {<<: *training, max_epochs: 60, loss: {kind: focal, gamma: 2.0}}
+  many: {<<: *training, loss: {kind: asymmetric, gamma_positive: 0.0, gamma_negative: 2.0, margin: 0.05}}
 promotion: {model: other, mode: approve, floors: {f1_weighted: 0, f1_macro: 1}, min_gain: 1, confidence: 0.5,
   max_class_drop: 0, max_cost: {latency: 1, memory: 1, size: 1}}
 inbox: {source: "s3://bucket/on", every_minutes: 1, settle_s: 0,
@@ -124,3 +126,25 @@ def refused(root: Path, conf: Mapping[str, Any]) -> str:
     with pytest.raises(PleatError) as caught:
         trigger_form.document(root, conf)
     return str(caught.value)
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    return checkout(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def tangled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tangled(tmp_path_factory.mktemp("tangled"))
+
+
+@pytest.fixture(scope="module", params=["checkout", "tangled"])
+def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "checkout":
+        return checkout(tmp_path_factory.mktemp("checkout"))
+    return request.getfixturevalue("tangled")
+
+
+@pytest.fixture(scope="module")
+def form(either: Path) -> Form:
+    return trigger_form.fields(either)

@@ -192,23 +192,24 @@ def _train_epoch(
     network.train()
     shuffled = rows[torch.randperm(len(rows), generator=order).to(rows.device)]
     mirrored = torch.rand(len(rows), generator=order).to(rows.device) < (0.5 if schedule.mirror else 0.0)
+    if len(rows) > 1 and len(rows) % schedule.batch_size == 1:  # batch norm cannot train on a single sample
+        shuffled, mirrored = shuffled[:-1], mirrored[:-1]
     total = torch.zeros((), device=rows.device)
-    truths, answers = [], []
-    for part, view in zip(shuffled.split(schedule.batch_size), mirrored.split(schedule.batch_size), strict=True):
-        if len(part) == 1 and min(len(rows), schedule.batch_size) > 1:
-            continue  # the rest of an epoch; batch norm learns nothing good from a single sample
+    # Scored once an epoch and kept in one piece: a head's steps are so quick that either else would show.
+    answers = torch.empty(len(shuffled), objective.n_outputs, device=rows.device)
+    batches = (part.split(schedule.batch_size) for part in (shuffled, mirrored, answers))
+    for part, view, answer in zip(*batches, strict=True):
         optimizer.zero_grad(set_to_none=True)
-        logits, truth = network(inputs.batch(part, view)), codes[part]
-        value = loss(logits, truth)
+        logits = network(inputs.batch(part, view))
+        value = loss(logits, codes[part])
         value.backward()
         optimizer.step()
         cycle.step()
         average.update_parameters(network)
         total += value.detach() * len(part)
-        truths.append(truth)
-        answers.append(logits.detach())
-    probabilities = objective.probabilities(torch.cat(answers))  # once an epoch, since a head's steps are quick
-    return float(total) / len(rows), objective.accuracy(probabilities, torch.cat(truths))
+        answer.copy_(logits.detach())
+    accuracy = objective.accuracy(objective.probabilities(answers), codes[shuffled])
+    return float(total) / len(shuffled), accuracy
 
 
 def _inner_scores(
