@@ -235,8 +235,8 @@ def _ingest(arguments: argparse.Namespace) -> None:
     from pipeline_steps import ingest
 
     loaded = params.load()
-    frozen = [loaded.models[name] for name in loaded.experiment.models]
-    for model in (model for model in frozen if isinstance(model, params.FrozenModel)):
+    chosen = [loaded.models[name] for name in loaded.experiment.models]
+    for model in (model for model in chosen if model.kind in ("frozen", "finetuned")):
         from pipeline_steps.vision.weights import check_weights
 
         check_weights(model.backbone, Path(model.weights) if model.weights else None)  # before any long work

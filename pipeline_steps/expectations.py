@@ -10,15 +10,15 @@ from pydantic import ConfigDict, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from pipeline_steps import params
 from pipeline_steps.errors import PleatError
 from pipeline_steps.params_errors import sentence
+from pipeline_steps.params_models import Strict
 
 ROWS_NAMED = 5
 LABEL_COLUMN = "{label}"  # as the `column` of an expectation: one for each label column
 
 
-class Rule(params.Strict):
+class Rule(Strict):
     """One expectation of the YAML suite; keys beyond these four are the expectation's own arguments."""
 
     model_config = ConfigDict(extra="allow", frozen=True, strict=True)
@@ -38,7 +38,7 @@ class Rule(params.Strict):
         return dict(self.model_extra or {})
 
 
-class Outcome(params.Strict):
+class Outcome(Strict):
     """How one expectation ended; `rows` names at most a few of the failing ones."""
 
     rule: Rule

@@ -5,17 +5,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, field_validator, model_validator
+from pydantic import Discriminator, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline_steps.errors import PleatError
 from pipeline_steps.params_errors import sentence, shown
+from pipeline_steps.params_models import Augment, Fraction, Model, Strict, Training
 
 # Names become folders, DVC stage names (`train@MODEL-FOLD`) and MLflow run names.
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
 Name = Annotated[str, Field(pattern=NAME, max_length=80)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 Format = Literal["auto", "clothing_csv", "class_folders", "attribute_lists", "colour_garment"]
@@ -29,12 +29,6 @@ TAKEN = {
     "fold", "reason", "detail", "error", "path", "aspect_ratio", "model_version", "pixels",
 }  # fmt: skip
 TAKEN_ENDS = ("_probability", "_top_k")  # of the columns that a served model answers beside each target
-
-
-class Strict(BaseModel):
-    """Base of every block: no unknown keys, no silent conversions, no changes after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class Experiment(Strict):
@@ -132,100 +126,6 @@ class Split(Strict):
     holdout: Holdout
 
 
-class Head(Strict):
-    """The classifier on pooled features: linear where `hidden` is 0, else with one hidden layer of that width."""
-
-    hidden: Annotated[int, Field(ge=0)]
-    dropout: Fraction
-
-
-class CrossEntropy(Strict):
-    """Softmax cross entropy; binary cross entropy in a multilabel target."""
-
-    kind: Literal["cross_entropy"]
-
-
-class Focal(Strict):
-    """Focal loss (Lin et al. 2017); `gamma: 0` is cross entropy."""
-
-    kind: Literal["focal"]
-    gamma: Annotated[float, Field(ge=0)]
-
-
-class Asymmetric(Strict):
-    """Asymmetric loss for multilabel targets (Ridnik et al. 2021)."""
-
-    kind: Literal["asymmetric"]
-    gamma_positive: Annotated[float, Field(ge=0)]
-    gamma_negative: Annotated[float, Field(ge=0)]
-    margin: Fraction
-
-
-Loss = Annotated[CrossEntropy | Focal | Asymmetric, Discriminator("kind")]
-
-
-class Training(Strict):
-    """Head and training loop; the same for a head on frozen features and for a network on pixels."""
-
-    head: Head
-    max_epochs: Annotated[int, Field(ge=1)]
-    patience: Annotated[int, Field(ge=1)]
-    inner_fraction: Annotated[float, Field(gt=0, le=0.5)]
-    batch_size: Annotated[int, Field(ge=1)]
-    learning_rate: Annotated[float, Field(gt=0)]
-    weight_decay: Annotated[float, Field(ge=0)]
-    loss: Loss
-    label_smoothing: Fraction
-    class_weights: Literal["none", "balanced", "inverse"]
-    weight_average: Fraction
-    mirror: bool
-
-    @model_validator(mode="after")
-    def _smoothing_fits_the_loss(self) -> "Training":
-        if self.label_smoothing and self.loss.kind != "cross_entropy":
-            raise ValueError(
-                f"has label_smoothing {self.label_smoothing:g} with `loss.kind: {self.loss.kind}`, but only "
-                "cross_entropy can smooth labels; set label_smoothing to 0"
-            )
-        return self
-
-
-class FrozenModel(Strict):
-    """A timm backbone that is never updated, with a linear head trained on its pooled features."""
-
-    kind: Literal["frozen"]
-    backbone: str
-    weights: str | None
-
-
-class Block(Strict):
-    """One convolution with batch norm and ReLU, followed by max pooling where `pool` > 1."""
-
-    filters: Annotated[int, Field(ge=1)]
-    kernel: Annotated[int, Field(ge=1)]
-    pool: Annotated[int, Field(ge=1)]
-
-
-class CustomCnn(Strict):
-    """A plain convolutional network trained from scratch on pixels."""
-
-    kind: Literal["custom_cnn"]
-    input_size: Annotated[int, Field(ge=8)]
-    blocks: Annotated[list[Block], Field(min_length=1)]
-
-    @model_validator(mode="after")
-    def _pooling_fits(self) -> "CustomCnn":
-        side = self.input_size
-        for block in self.blocks:
-            side //= block.pool
-        if side < 1:
-            raise ValueError(f"pools an input of {self.input_size} pixels down to nothing; use fewer or smaller pools")
-        return self
-
-
-Model = Annotated[FrozenModel | CustomCnn, Discriminator("kind")]
-
-
 class Floors(Strict):
     """What every promoted model must reach on the holdout."""
 
@@ -311,6 +211,16 @@ class Params(Strict):
                 if name not in defined:
                     known = ", ".join(sorted(defined)) or "none"
                     raise ValueError(f"`experiment.models` names '{name}', but `{block}` defines {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _augmented_models_see_pixels(self) -> "Params":
+        for name in self.experiment.models:
+            if self.models[name].kind == "frozen" and self.training[name].augment != Augment():
+                raise ValueError(
+                    f"`training.{name}.augment` changes pixels, but models.{name} is frozen: its features are computed "
+                    "once; leave `augment` out, or train the network with `kind: finetuned`"
+                )
         return self
 
     @model_validator(mode="after")

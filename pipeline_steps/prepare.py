@@ -13,7 +13,8 @@ import pyarrow as pa
 
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, write_json
-from pipeline_steps.params import CustomCnn, FrozenModel, Params
+from pipeline_steps.params import Params
+from pipeline_steps.params_models import CustomCnn, FrozenModel
 from pipeline_steps.progress import say, track
 
 IMAGES_A_CHUNK = 256

@@ -23,7 +23,8 @@ from pipeline_steps.files import (
 )
 from pipeline_steps.metrics import headlines, mean_of_targets
 from pipeline_steps.packed import read_images
-from pipeline_steps.params import CustomCnn, Model, Params
+from pipeline_steps.params import Params
+from pipeline_steps.params_models import CustomCnn, Model
 from pipeline_steps.progress import say
 from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.targets import Target

@@ -14,7 +14,8 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from pipeline_steps import targets
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_parquet
-from pipeline_steps.params import CustomCnn, Model, Params, Training
+from pipeline_steps.params import Params
+from pipeline_steps.params_models import CustomCnn, Model, Training
 from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key

@@ -5,7 +5,6 @@ value is right or wrong by what stands in another field.
 """
 
 import difflib
-import math
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,7 +16,8 @@ from ruamel.yaml import YAML
 
 from pipeline_steps import params
 from pipeline_steps.errors import PleatError
-from pipeline_steps.params import CustomCnn, Params
+from pipeline_steps.params import Params
+from pipeline_steps.params_models import CustomCnn, Training
 from pipeline_steps.yaml_text import text_of, unshared
 
 OWN = "params.yaml"  # stands in the field `recipe` for the checkout's own settings
@@ -249,13 +249,17 @@ def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
         # Where recipes mean different kinds of model by one name, only what all kinds share can be changed.
         first, *others = (dict(_leaves(type(each).model_json_schema())) for each in definitions)
         shared = {key: schema for key, schema in first.items() if all(other.get(key) == schema for other in others)}
-        if size := shared.get(("input_size",)):
-            pooled = [
-                math.prod(block.pool for block in each.blocks) for each in definitions if isinstance(each, CustomCnn)
-            ]
-            size["minimum"] = max(size["minimum"], *pooled)
+        cnns = [each for each in definitions if isinstance(each, CustomCnn)]
+        if len(cnns) == len(definitions):
+            size = shared["input_size",]
+            size["minimum"] = max(size["minimum"], *(cnn.smallest_input for cnn in cnns))
+        else:
+            shared.pop(("input_size",), None)  # which sizes a timm network takes, only timm knows
         keys |= {("models", name, *key): schema for key, schema in shared.items()}
-        training = dict(_leaves(params.Training.model_json_schema()))
+        training = dict(_leaves(Training.model_json_schema()))
+        del training["devices",]  # belongs to the machine
+        if any(each.kind == "frozen" for each in definitions):  # only pixels can be augmented
+            training = {key: schema for key, schema in training.items() if key[0] != "augment"}
         if _losses(recipes, name) != {"cross_entropy"}:  # no other loss takes it
             del training["label_smoothing",]
         keys |= {("training", name, *key): schema for key, schema in training.items()}
@@ -309,8 +313,10 @@ def _override(settings: Any, overrides: Any, keys: Mapping[Key, Any]) -> None:
             raise PleatError(f"{FORM}: `overrides` cannot change {name!r}; {hint}.")
         *above, last = by_name[name]
         block = settings
-        for part in above:
-            block = block.get(part, {})  # empty for a model that this run does not know
+        for depth, part in enumerate(above):
+            # A model that this run does not know changes nothing; a block that may be left out is put in.
+            a_model = depth == 1 and above[0] in ("models", "training")
+            block = block.get(part, {}) if a_model else block.setdefault(part, {})
         block[last] = _whole(value) if keys[by_name[name]].get("type") == "integer" else value
 
 

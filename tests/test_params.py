@@ -149,7 +149,8 @@ def test_the_files_of_the_repository_load(path: Path) -> None:
         (
             "models.cnn_small.input_size",
             8,
-            "`models.cnn_small` pools an input of 8 pixels down to nothing; use fewer or smaller pools.",
+            "`models.cnn_small` shrinks an input of 8 pixels down to nothing; "
+            "use input_size 32 or more, or fewer or smaller pools.",
         ),
         # names
         (

@@ -9,7 +9,7 @@ from conftest import load_params
 from pipeline_steps import profile
 from pipeline_steps.complexity.totals import count
 from pipeline_steps.files import read_json
-from pipeline_steps.params import Block, CustomCnn, FrozenModel, Head
+from pipeline_steps.params_models import Block, CustomCnn, FrozenModel, Head
 
 LINEAR = Head(hidden=0, dropout=0.0)
 

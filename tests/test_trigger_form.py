@@ -30,7 +30,10 @@ TRAINING_KEYS = [
     "class_weights",
     "weight_average",
     "mirror",
+    "precision",
+    "compile",
 ]
+AUGMENT_KEYS = ["augment.min_crop", "augment.mixup", "augment.cutmix"]
 SHARED_KEYS = [
     "experiment.seed",
     "ingest.format",
@@ -51,6 +54,7 @@ SHARED_KEYS = [
 ]
 
 
+CNNS = ["cnn_small", "cnn_tiny", "custom_cnn"]
 RECIPES = ["apparel", "attributes", "clothing", "clothing_top10", "dogs", "sample"]
 
 
@@ -75,7 +79,9 @@ def test_the_fields_of_this_checkout(project: Path) -> None:
     assert set(form["overrides"]["properties"]) == {
         *SHARED_KEYS,
         *(f"training.{model}.{key}" for model in models for key in TRAINING_KEYS),
-        *(f"models.{model}.input_size" for model in ("cnn_small", "cnn_tiny", "custom_cnn")),
+        *(f"training.{model}.{key}" for model in CNNS for key in AUGMENT_KEYS),
+        *(f"models.{model}.{key}" for model in CNNS for key in ("input_size", "batch_norm")),
+        *(f"models.{model}.head_on" for model in models if model not in CNNS),
     }
     for field in form.values():
         Draft202012Validator.check_schema(schema(field))
@@ -164,11 +170,13 @@ def test_what_two_recipes_mean_by_one_name_is_changed_only_as_far_as_both_allow(
     form = trigger_form.fields(tangled)
     assert form["models"]["examples"] == ["on", "net.v2", "half"]
     assert form["batches"]["examples"] == ["new", "there"]
-    of_models = {key: value for key, value in form["overrides"]["properties"].items() if key.startswith("models.")}
-    assert {key: value["minimum"] for key, value in of_models.items()} == {
+    keys = form["overrides"]["properties"]
+    assert {key: value["minimum"] for key, value in keys.items() if "input_size" in key} == {
         "models.on.input_size": 9,  # pools of 3 · 3 in the other file, 2 here
         "models.half.input_size": 16,  # 4 · 4 here, though nothing trains it here
     }
+    of_net = [key for key in keys if key.startswith(("models.net.v2.", "training.net.v2.augment"))]
+    assert not of_net, "frozen in one file, a CNN in the other"
 
 
 def test_folders_that_cannot_be_batches_are_not_offered(project: Path) -> None:

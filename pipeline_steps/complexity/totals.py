@@ -4,7 +4,7 @@ import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_steps.params import CustomCnn, Head, Model
+from pipeline_steps.params_models import CustomCnn, Head, Model
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head as HeadNetwork
 from pipeline_steps.vision.weights import unknown_model
