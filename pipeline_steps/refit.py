@@ -73,7 +73,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
     with lease(f"refit {model}") as device:
-        inputs = type(inputs)(inputs.values.to(device))
+        inputs = inputs.to(device)
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
             network, objective, inputs, codes.to(device), learn.to(device), None, schedule(training, seed, epochs),

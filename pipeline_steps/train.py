@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from safetensors.torch import save
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -20,7 +21,7 @@ from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
 from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
-from pipeline_steps.vision.inputs import Features, Inputs, Pixels
+from pipeline_steps.vision.inputs import CPU, Arrays, Features, Inputs, Pixels
 from pipeline_steps.vision.lease import lease
 from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
@@ -28,6 +29,9 @@ from pipeline_steps.vision.networks import Head
 from pipeline_steps.vision.objective import Objective, Output
 
 CHECKPOINTS = Path(".pleat/checkpoints")
+# Of the memory that is free. Larger sets of pixels stay on disk, where the system keeps in memory what is read often,
+# once for all folds that train side by side.
+MEMORY_SHARE = 0.25
 
 
 def run(
@@ -72,7 +76,7 @@ def run(
             on_epoch(epoch)
 
     with lease(f"train {model} fold {fold}") as device:
-        inputs = type(inputs)(inputs.values.to(device))
+        inputs = inputs.to(device)
         network = network.to(device).to(memory_format=torch.channels_last)
         fitted = fit(
             network, objective, inputs, codes.to(device), learn.to(device), inner.to(device), schedule(training, seed),
@@ -95,7 +99,7 @@ def run(
 
 
 def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFrame) -> tuple[Inputs, pd.DataFrame, str]:
-    """Loads a model's prepared arrays for the given samples.
+    """A model's prepared arrays for the given samples: features in memory, pixels there only where they are few.
 
     Returns:
         The inputs, one row a sample; the samples in that order (index 0 to n - 1); the contents' version.
@@ -103,14 +107,15 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
     Raises:
         PleatError: a batch was not prepared, or a sample is missing from it.
     """
-    arrays, ids, versions, kinds = [], [], [], set()
-    for batch in batches:
+    arrays, places, ids, versions, kinds = [], [], [], [], set()
+    for number, batch in enumerate(batches):
         folder = root / "data" / "prepare" / model / batch
         about = read_json(folder / "inputs.json")
         wanted = set(samples["sample_id"])
         names = read_json(folder / "sample_ids.json")
         keep = [row for row, name in enumerate(names) if name in wanted]
-        arrays.append(np.load(folder / "inputs.npy", mmap_mode="r")[keep])
+        arrays.append(np.load(folder / "inputs.npy", mmap_mode="r"))
+        places += [(number, row) for row in keep]
         ids += [names[row] for row in keep]
         versions.append(about["sha256"])
         kinds.add(about["kind"])
@@ -123,8 +128,16 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
             "run `dvc repro`."
         )
     samples = samples.sort_values("sample_id").reset_index(drop=True)
-    values = torch.from_numpy(np.concatenate(arrays)[order.loc[samples["sample_id"]].to_numpy()])
-    return (Features(values) if kinds == {"features"} else Pixels(values)), samples, "-".join(versions)
+    part, row = np.array(places)[order.loc[samples["sample_id"]]].T
+    values = Arrays(tuple(arrays), part, row)
+    inputs: Inputs
+    if kinds == {"features"}:
+        inputs = Features(values.to(CPU))
+    elif values.nbytes > MEMORY_SHARE * psutil.virtual_memory().available:
+        inputs = Pixels(values)
+    else:
+        inputs = Pixels(values.to(CPU))
+    return inputs, samples, "-".join(versions)
 
 
 def codes_of(targets: Sequence[Target], samples: pd.DataFrame) -> torch.Tensor:
