@@ -82,6 +82,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
     with lease_several(f"refit {model}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
         fitted = fit_on(
             devices, network, objective, inputs, codes, learn, None,
             schedule(settings, training, seed, devices[0], epochs), checkpoint, version, report, go_on,

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 from safetensors.torch import save
 from sklearn.model_selection import StratifiedShuffleSplit
@@ -22,7 +23,7 @@ from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
 from pipeline_steps.vision.augment import Augmentation
 from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
-from pipeline_steps.vision.inputs import Features, Inputs, Pixels
+from pipeline_steps.vision.inputs import CPU, Arrays, Features, Inputs, Pixels
 from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
@@ -31,6 +32,9 @@ from pipeline_steps.vision.objective import Objective, Output
 from pipeline_steps.vision.optimizer import CosineDecay, Decay, OneCycle, Optimization, StepDecay
 
 CHECKPOINTS = Path(".pleat/checkpoints")
+# Of the memory that is free. Larger sets of pixels stay on disk, where the system keeps in memory what is read often,
+# once for all folds that train side by side.
+MEMORY_SHARE = 0.25
 
 
 def run(
@@ -75,6 +79,7 @@ def run(
             on_epoch(epoch)
 
     with lease_several(f"train {model} fold {fold}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
         fitted = fit_on(
             devices, network, objective, inputs, codes, learn, inner, schedule(settings, training, seed, devices[0]),
             checkpoint, version, report, go_on,
@@ -97,7 +102,7 @@ def run(
 
 
 def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFrame) -> tuple[Inputs, pd.DataFrame, str]:
-    """Loads a model's prepared arrays for the given samples.
+    """A model's prepared arrays for the given samples: features in memory, pixels there only where they are few.
 
     Returns:
         The inputs, one row a sample; the samples in that order (index 0 to n - 1); the contents' version.
@@ -105,14 +110,15 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
     Raises:
         PleatError: a batch was not prepared, or a sample is missing from it.
     """
-    arrays, ids, versions, kinds = [], [], [], set()
-    for batch in batches:
+    arrays, places, ids, versions, kinds = [], [], [], [], set()
+    for number, batch in enumerate(batches):
         folder = root / "data" / "prepare" / model / batch
         about = read_json(folder / "inputs.json")
         wanted = set(samples["sample_id"])
         names = read_json(folder / "sample_ids.json")
         keep = [row for row, name in enumerate(names) if name in wanted]
-        arrays.append(np.load(folder / "inputs.npy", mmap_mode="r")[keep])
+        arrays.append(np.load(folder / "inputs.npy", mmap_mode="r"))
+        places += [(number, row) for row in keep]
         ids += [names[row] for row in keep]
         versions.append(about["sha256"])
         kinds.add(about["kind"])
@@ -125,8 +131,16 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
             "run `dvc repro`."
         )
     samples = samples.sort_values("sample_id").reset_index(drop=True)
-    values = torch.from_numpy(np.concatenate(arrays)[order.loc[samples["sample_id"]].to_numpy()])
-    return (Features(values) if kinds == {"features"} else Pixels(values)), samples, "-".join(versions)
+    part, row = np.array(places)[order.loc[samples["sample_id"]]].T
+    values = Arrays(tuple(arrays), part, row)
+    inputs: Inputs
+    if kinds == {"features"}:
+        inputs = Features(values.to(CPU))
+    elif values.nbytes > MEMORY_SHARE * psutil.virtual_memory().available:
+        inputs = Pixels(values)
+    else:
+        inputs = Pixels(values.to(CPU))
+    return inputs, samples, "-".join(versions)
 
 
 def codes_of(targets: Sequence[Target], samples: pd.DataFrame) -> torch.Tensor:
@@ -215,14 +229,18 @@ def fit_on(
     codes: torch.Tensor,
     *others: Any,
 ) -> Fitted:
-    """`engine.fit` on one device, or `distributed.fit` on several; network, inputs and codes are on the CPU."""
+    """`engine.fit` on one device, or `distributed.fit` on several.
+
+    Args:
+        inputs: made for the one device, or for the CPU; the network and the codes are on the CPU.
+    """
     if len(devices) > 1:
         from pipeline_steps.vision import distributed  # late: one device needs none of it
 
         return distributed.fit(devices, network, objective, inputs, codes, *others)
     device = devices[0]
     network = network.to(device).to(memory_format=torch.channels_last)
-    return fit(network, objective, inputs.to(device), codes.to(device), *others)
+    return fit(network, objective, inputs, codes.to(device), *others)
 
 
 def schedule(
