@@ -1,11 +1,12 @@
 """One training over several devices: a process for each of them, gradients averaged after every step (DDP)."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
@@ -53,15 +54,19 @@ def fit(
 
     listener = Thread(target=listen, daemon=True)
     listener.start()
+    # Fabric looks into what it hands on and refuses frozen dataclasses; it does not look into a partial.
+    work = partial(
+        _one_of_several, told=told, network=network, objective=objective, inputs=inputs, codes=codes,
+        train_rows=train_rows, inner_rows=inner_rows, schedule=schedule, checkpoint=checkpoint,
+        inputs_version=inputs_version,
+    )  # fmt: skip
     try:
-        fitted: Fitted = fabric.launch(
-            _one_of_several, told, network, objective, inputs, codes, train_rows, inner_rows, schedule, checkpoint,
-            inputs_version,
-        )  # fmt: skip
+        state, history, best_epoch = fabric.launch(work)
     finally:
         told.put(None)
         listener.join()
-    return fitted
+    tensors = {name: torch.from_numpy(values) for name, values in state.items()}
+    return Fitted(tensors, [Epoch(**line) for line in history], best_epoch)
 
 
 def _one_of_several(
@@ -76,7 +81,7 @@ def _one_of_several(
     schedule: Schedule,
     checkpoint: Path,
     inputs_version: str,
-) -> Fitted | None:
+) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], int] | None:
     device = fabric.device
     if device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -89,5 +94,8 @@ def _one_of_several(
         inputs_version, told.put, told.put if first else lambda _: None, fabric,
     )  # fmt: skip
     fabric.barrier()
-    state = {name: tensor.cpu() for name, tensor in fitted.state.items()}
-    return replace(fitted, state=state) if first else None
+    if not first:
+        return None
+    # As arrays: torch would hand on tensors as open files, which end with this process.
+    state = {name: tensor.cpu().numpy() for name, tensor in fitted.state.items()}
+    return state, [vars(line) for line in fitted.history], fitted.best_epoch
