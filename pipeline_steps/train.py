@@ -15,7 +15,7 @@ from pipeline_steps import targets
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_parquet
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import CustomCnn, Model, Training
+from pipeline_steps.params_models import CustomCnn, FrozenModel, Model, ScratchModel, Training
 from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
@@ -38,7 +38,7 @@ def run(
     The fold's own rows choose nothing: an inner part of the other folds decides when to stop and which epoch stays.
 
     Raises:
-        PleatError: the stages before have not run, or the fold does not exist.
+        PleatError: the stages before have not run, the fold does not exist, or the weights to start from cannot be had.
     """
     settings, training = params.models[model], params.training[model]
     samples = read_parquet(root / "data" / "split" / "folds.parquet")
@@ -53,7 +53,7 @@ def run(
             say(f"train {model} fold {fold}: warning: target {target.name} has no sample to learn {absent} from")
 
     torch.manual_seed(seed)
-    network = build_network(settings, training, inputs, objective.n_outputs)
+    network = build_network(settings, training, inputs, objective.n_outputs, root)
     if isinstance(network, Head):
         torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
@@ -196,13 +196,25 @@ def _criterion(training: Training) -> Loss:
     return CrossEntropy(training.label_smoothing)
 
 
-def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs: int) -> torch.nn.Module:
-    """The network that is trained: a head for frozen features, the whole CNN for pixels."""
+def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs: int, root: Path) -> torch.nn.Module:
+    """The network that is trained: a head for frozen features, a whole network for pixels.
+
+    Raises:
+        PleatError: the weights cannot be had or do not fit.
+    """
     head = training.head
+    if isinstance(settings, FrozenModel):
+        return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
     if isinstance(settings, CustomCnn):
-        blocks = [(block.filters, block.kernel, block.pool) for block in settings.blocks]
-        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout)
-    return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
+        blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
+        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+    from pipeline_steps.vision.timm_networks import load_network  # late: heads on features need no timm
+
+    name, size = settings.backbone, settings.input_size
+    if isinstance(settings, ScratchModel):
+        return load_network(name, None, False, size, "pooled", n_outputs, head.hidden, head.dropout)
+    weights = root / settings.weights if settings.weights else None
+    return load_network(name, weights, True, size, settings.head_on, n_outputs, head.hidden, head.dropout)
 
 
 def schedule(training: Training, seed: int, n_epochs: int | None = None) -> Schedule:

@@ -18,7 +18,7 @@ EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the U
 RUN = Path(".pleat/run.json")  # in the workspace of an Airflow run: what the run is
 TRAINING_CODE = (
     "targets.py", "train.py", "vision/engine.py", "vision/inputs.py", "vision/losses.py", "vision/networks.py",
-    "vision/objective.py", "vision/optimizer.py",
+    "vision/objective.py", "vision/optimizer.py", "vision/timm_networks.py",
 )  # fmt: skip
 CODE = Path(__file__).parent
 
