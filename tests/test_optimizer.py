@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ NOT_HERE = ("fused", "bnb", "adahessian", "kron", "kronc", "kronw")  # other pac
 USABLE = [name for name in timm.optim.list_optimizers() if not name.startswith(NOT_HERE)]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class FineTuned(nn.Module):
     """A timm network with a head, as it is trained on."""
 
@@ -49,7 +58,7 @@ class FineTuned(nn.Module):
 
 def cnn() -> CustomCnn:
     torch.manual_seed(1)
-    return CustomCnn([(4, 3, 2), (8, 3, 2)], 3, hidden=0, dropout=0.0)
+    return CustomCnn([(4, 3, 2), (4, 3, 2)], 3, hidden=0, dropout=0.0)
 
 
 def how(optimizer: str = "adamw", decay: Decay = OneCycle(), layer_decay: float = 1.0, max_epochs: int = 6):  # noqa: B008
@@ -58,10 +67,10 @@ def how(optimizer: str = "adamw", decay: Decay = OneCycle(), layer_decay: float 
 
 def train(network: nn.Module, optimizer, schedule, n_steps: int) -> None:
     noise = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (12, 3, 16, 16), generator=noise).float()
+    pixels = torch.randint(0, 256, (6, 3, 8, 8), generator=noise).float()
     for _ in range(n_steps):
         optimizer.zero_grad(set_to_none=True)
-        functional.cross_entropy(network(pixels), torch.arange(12) % 3).backward()
+        functional.cross_entropy(network(pixels), torch.arange(6) % 3).backward()
         optimizer.step()
         schedule.step()
 
