@@ -231,7 +231,9 @@ def test_the_body_learns_as_timm_lets_it_learn_below_its_own_classifier(name: st
 
 
 def test_other_networks_decay_everywhere_and_know_no_layers() -> None:
-    assert set(scales_and_decays(cnn(), 1.0).values()) == {(1, 0.05)}
+    network = cnn()
+    network.body.requires_grad_(False)
+    assert set(scales_and_decays(network, 1.0).values()) == {(1, 0.05)}
     with pytest.raises(ValueError, match="timm network"):
         build(cnn(), how(layer_decay=0.5), 5)
 
