@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from pipeline_steps.vision.augment import Augmentation
 from test_engine import OBJECTIVE, SCHEDULE, TRAIN, cnn, features, labels, pixels, plan, run
 
+from pipeline_steps.vision.augment import Augmentation
 from pipeline_steps.vision.engine import Fitted
 from pipeline_steps.vision.networks import Head
 from pipeline_steps.vision.optimizer import CosineDecay
