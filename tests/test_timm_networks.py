@@ -189,7 +189,7 @@ def models(headless: Path) -> dict[str, dict[str, Any]]:
 def test_a_whole_network_is_prepared_trained_and_packaged(kind: str, headless: Path, tmp_path: Path) -> None:
     """From images to the package, whose answers are those of the pipeline; the whole network has learned."""
     model = models(headless)[kind]
-    params = settings(model)
+    params = settings(model, **{f"training.{MODEL}.learning_rate": 0.002})
     root = make(tmp_path, params, drawn(24))
     folder = root / "data" / "prepare" / MODEL / BATCH
     about, ids = (json.loads((folder / name).read_text()) for name in ("inputs.json", "sample_ids.json"))
