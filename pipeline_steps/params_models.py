@@ -130,6 +130,15 @@ class Training(Strict):
     devices: Annotated[int, Field(ge=1)] = 1
 
     @model_validator(mode="after")
+    def _batches_can_be_spread(self) -> "Training":
+        if self.batch_size % self.devices:
+            raise ValueError(
+                f"has batch_size {self.batch_size}, which {self.devices} devices cannot share evenly; "
+                f"use a multiple of {self.devices}"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _smoothing_fits_the_loss(self) -> "Training":
         if self.label_smoothing and self.loss.kind != "cross_entropy":
             raise ValueError(

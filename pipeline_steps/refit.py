@@ -28,10 +28,19 @@ from pipeline_steps.params_models import CustomCnn, Model
 from pipeline_steps.progress import say
 from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.targets import Target
-from pipeline_steps.train import CHECKPOINTS, answers, build_network, build_objective, codes_of, load_inputs, schedule
+from pipeline_steps.train import (
+    CHECKPOINTS,
+    answers,
+    build_network,
+    build_objective,
+    codes_of,
+    fit_on,
+    load_inputs,
+    schedule,
+)
 from pipeline_steps.versions import data_version
-from pipeline_steps.vision.engine import Epoch, Fitted, fit, predict
-from pipeline_steps.vision.lease import lease
+from pipeline_steps.vision.engine import Epoch, Fitted, predict
+from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.networks import Head
 
 
@@ -72,17 +81,17 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     def go_on(done: list[Epoch]) -> None:
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
-    with lease(f"refit {model}") as device:
-        inputs = inputs.to(device)
-        network = network.to(device).to(memory_format=torch.channels_last)
-        fitted = fit(
-            network, objective, inputs, codes.to(device), learn.to(device), None, schedule(training, seed, epochs),
-            checkpoint, version, report, go_on,
+    with lease_several(f"refit {model}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
+        fitted = fit_on(
+            devices, network, objective, inputs, codes, learn, None,
+            schedule(settings, training, seed, devices[0], epochs), checkpoint, version, report, go_on,
         )  # fmt: skip
+        network = network.to(devices[0])
         network.load_state_dict(fitted.state)
         answered = torch.empty(0, objective.n_outputs)
         if len(held):
-            answered = predict(network, objective, inputs, held.to(device), training.mirror).cpu()
+            answered = predict(network, objective, inputs.to(devices[0]), held, training.mirror).cpu()
     network = network.cpu().to(memory_format=torch.contiguous_format)
     rows, parts = samples.iloc[held.numpy()], [part.numpy() for part in objective.split(answered)]
     about = {"model": model, "epochs": epochs, "n_train": len(learn), "n_holdout": len(held)}

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,17 +17,19 @@ from pipeline_steps import targets
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_parquet
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import CustomCnn, Model, Training
+from pipeline_steps.params_models import CustomCnn, FinetunedModel, Model, Training
 from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
+from pipeline_steps.vision.augment import Augmentation
 from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
 from pipeline_steps.vision.inputs import CPU, Arrays, Features, Inputs, Pixels
-from pipeline_steps.vision.lease import lease
+from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head
 from pipeline_steps.vision.objective import Objective, Output
+from pipeline_steps.vision.optimizer import CosineDecay, Decay, OneCycle, Optimization, StepDecay
 
 CHECKPOINTS = Path(".pleat/checkpoints")
 # Of the memory that is free. Larger sets of pixels stay on disk, where the system keeps in memory what is read often,
@@ -75,15 +78,15 @@ def run(
         for epoch in epochs:
             on_epoch(epoch)
 
-    with lease(f"train {model} fold {fold}") as device:
-        inputs = inputs.to(device)
-        network = network.to(device).to(memory_format=torch.channels_last)
-        fitted = fit(
-            network, objective, inputs, codes.to(device), learn.to(device), inner.to(device), schedule(training, seed),
+    with lease_several(f"train {model} fold {fold}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
+        fitted = fit_on(
+            devices, network, objective, inputs, codes, learn, inner, schedule(settings, training, seed, devices[0]),
             checkpoint, version, report, go_on,
         )  # fmt: skip
+        network = network.to(devices[0])
         network.load_state_dict(fitted.state)
-        probabilities = predict(network, objective, inputs, scored.to(device), training.mirror).cpu()
+        probabilities = predict(network, objective, inputs.to(devices[0]), scored, training.mirror).cpu()
         predictions = [
             answers(samples.iloc[scored.numpy()], ["sample_id", "fold"], target, part.numpy())
             for target, part in zip(learned, objective.split(probabilities), strict=True)
@@ -218,19 +221,70 @@ def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs
     return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
 
 
-def schedule(training: Training, seed: int, n_epochs: int | None = None) -> Schedule:
+def fit_on(
+    devices: list[torch.device],
+    network: torch.nn.Module,
+    objective: Objective,
+    inputs: Inputs,
+    codes: torch.Tensor,
+    *others: Any,
+) -> Fitted:
+    """`engine.fit` on one device, or `distributed.fit` on several.
+
+    Args:
+        inputs: made for the one device, or for the CPU; the network and the codes are on the CPU.
+    """
+    if len(devices) > 1:
+        from pipeline_steps.vision import distributed  # late: one device needs none of it
+
+        return distributed.fit(devices, network, objective, inputs, codes, *others)
+    device = devices[0]
+    network = network.to(device).to(memory_format=torch.channels_last)
+    return fit(network, objective, inputs, codes.to(device), *others)
+
+
+def schedule(
+    settings: Model, training: Training, seed: int, device: torch.device, n_epochs: int | None = None
+) -> Schedule:
     """The engine's settings; `n_epochs` where no inner part chooses the epoch."""
+    augment = training.augment
+    rand = augment.rand_augment
+    finetuned = isinstance(settings, FinetunedModel)
     return Schedule(
         n_epochs=n_epochs,
-        max_epochs=training.max_epochs,
         patience=training.patience,
         batch_size=training.batch_size,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
+        optimization=Optimization(
+            optimizer=training.optimizer,
+            learning_rate=training.learning_rate,
+            weight_decay=training.weight_decay,
+            layer_decay=settings.layer_decay if finetuned else 1.0,
+            decay=_decay(training),
+            max_epochs=training.max_epochs,
+        ),
         weight_average=training.weight_average,
         mirror=training.mirror,
         seed=seed,
+        augmentation=Augmentation(
+            min_crop=augment.min_crop,
+            operations=rand.operations if rand else 0,
+            magnitude=rand.magnitude if rand else 0,
+            mixup=augment.mixup,
+            cutmix=augment.cutmix,
+        ),
+        head_epochs=settings.head_epochs if finetuned else 0,
+        bfloat16=training.precision == "bfloat16" or (training.precision == "auto" and device.type == "cuda"),
+        compile=training.compile,
     )
+
+
+def _decay(training: Training) -> Decay:
+    decay = training.decay
+    if decay.kind == "step":
+        return StepDecay(decay.every_epochs, decay.rate)
+    if decay.kind == "cosine":
+        return CosineDecay(decay.warmup_epochs)
+    return OneCycle()
 
 
 def answers(rows: pd.DataFrame, keys: list[str], target: Target, probabilities: np.ndarray) -> pd.DataFrame:

@@ -16,18 +16,11 @@ from pipeline_steps.vision.inputs import Features, Pixels
 from pipeline_steps.vision.losses import CrossEntropy, Focal
 from pipeline_steps.vision.networks import CustomCnn, Head
 from pipeline_steps.vision.objective import Objective, Output
-from pipeline_steps.vision.optimizer import EagerAdamW
+from pipeline_steps.vision.optimizer import EagerAdamW, OneCycle, Optimization
 
+OPTIMIZATION = Optimization("adamw", 0.01, weight_decay=0.01, layer_decay=1.0, decay=OneCycle(), max_epochs=8)
 SCHEDULE = Schedule(
-    n_epochs=None,
-    max_epochs=8,
-    patience=8,
-    batch_size=16,
-    learning_rate=0.01,
-    weight_decay=0.01,
-    weight_average=0.9,
-    mirror=True,
-    seed=3,
+    n_epochs=None, patience=8, batch_size=16, optimization=OPTIMIZATION, weight_average=0.9, mirror=True, seed=3
 )
 OBJECTIVE = Objective((Output(multilabel=False, n_classes=3),), CrossEntropy(label_smoothing=0.1), "balanced")
 # A class of three, and beside it which of two apply.
@@ -54,6 +47,11 @@ def pixels() -> Pixels:
     values = torch.randint(0, 256, (90, 3, 16, 16), generator=noise)
     values[:, 0] = (values[:, 0] // 4 + labels().view(-1, 1, 1) * 60).clamp(0, 255)
     return Pixels(values.to(torch.uint8))
+
+
+def plan(schedule: Schedule = SCHEDULE, **changes) -> Schedule:
+    """The schedule with other settings of the optimization."""
+    return replace(schedule, optimization=replace(schedule.optimization, **changes))
 
 
 def head() -> Head:
@@ -108,10 +106,10 @@ def test_an_interrupted_training_ends_with_the_same_bits(build, inputs, stop_aft
 
 @pytest.mark.parametrize("change", ["schedule", "version", "network", "objective"])
 def test_a_checkpoint_of_other_arguments_is_not_taken_up(change: str, tmp_path: Path) -> None:
-    run(head(), features(), tmp_path / "checkpoint.pt", schedule=replace(SCHEDULE, max_epochs=2))
-    network, schedule, version, objective = head(), replace(SCHEDULE, max_epochs=2), "v1", OBJECTIVE
+    run(head(), features(), tmp_path / "checkpoint.pt", schedule=plan(max_epochs=2))
+    network, schedule, version, objective = head(), plan(max_epochs=2), "v1", OBJECTIVE
     if change == "schedule":
-        schedule = replace(schedule, learning_rate=0.02)
+        schedule = plan(schedule, learning_rate=0.02)
     elif change == "version":
         version = "v2"
     elif change == "objective":
@@ -143,8 +141,8 @@ def test_the_weights_that_stay_are_the_moving_average_at_the_best_inner_epoch(tm
         averages.append(0.9 * averages[-1] + 0.1 * weight if averages else weight)
 
     fitted = run(network, features(), tmp_path / "c.pt", follow, replace(SCHEDULE, batch_size=60))
-    scores = [line.inner_f1_weighted for line in fitted.history]
-    assert fitted.best_epoch == int(np.argmax(scores)) + 1
+    scores = [(line.inner_f1_weighted, -line.inner_loss) for line in fitted.history]
+    assert fitted.best_epoch == scores.index(max(scores)) + 1
     torch.testing.assert_close(fitted.state["layers.1.weight"], averages[fitted.best_epoch - 1])
 
 
@@ -197,7 +195,7 @@ def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_pa
     def follow(_: Epoch) -> None:
         rates.append(torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
 
-    schedule, peak = replace(SCHEDULE, n_epochs=5), SCHEDULE.learning_rate
+    schedule, peak = replace(SCHEDULE, n_epochs=5), OPTIMIZATION.learning_rate
     fit(head(), OBJECTIVE, features(), labels()[:, None], TRAIN, None, schedule, tmp_path / "c.pt", "v1", follow)
     total, rise = 8 * 4 - 1, 0.2 * 8 * 4 - 1  # of the last step and of the highest
     for step, rate in zip(range(4, 24, 4), rates, strict=True):
@@ -231,14 +229,16 @@ def test_an_interrupted_training_without_an_inner_part_ends_with_the_same_bits(t
 
 
 def test_patience_counts_epochs_without_a_better_score(tmp_path: Path) -> None:
-    schedule = replace(SCHEDULE, max_epochs=40, patience=3, learning_rate=0.05)
+    schedule = plan(replace(SCHEDULE, patience=3), max_epochs=40, learning_rate=0.05)
     fitted = run(head(), features(), tmp_path / "c.pt", schedule=schedule)
     assert len(fitted.history) == fitted.best_epoch + 3 < 40
 
 
-def test_best_epoch_takes_the_first_of_equals() -> None:
-    history = [Epoch(number, 0.0, 0.0, 0.0, 0.0, score) for number, score in enumerate([0.2, 0.5, 0.5, 0.1], start=1)]
-    assert best_epoch(history) == 2
+@pytest.mark.parametrize(("losses", "best"), [([9, 3, 2, 1], 3), ([9, 2, 3, 1], 2), ([9, 2, 2, 1], 2)])
+def test_of_equal_scores_the_lowest_loss_is_the_best_and_then_the_first(losses: list[float], best: int) -> None:
+    scores = [0.2, 0.5, 0.5, 0.1]
+    history = [Epoch(k, 0.0, 0.0, loss, 0.0, f1) for k, (loss, f1) in enumerate(zip(losses, scores, strict=True), 1)]
+    assert best_epoch(history) == best
     assert best_epoch([]) == 0
 
 
@@ -247,7 +247,7 @@ def test_the_history_says_what_the_batches_and_the_inner_part_gave(tmp_path: Pat
     torch.manual_seed(1)
     network, inputs, codes = Head(5, 5, hidden=0, dropout=0.0), features(), several_codes()
     weights: list[dict[str, torch.Tensor]] = [{name: tensor.clone() for name, tensor in network.state_dict().items()}]
-    schedule = replace(SCHEDULE, batch_size=60, mirror=False, weight_average=0.0, max_epochs=3)
+    schedule = plan(replace(SCHEDULE, batch_size=60, mirror=False, weight_average=0.0), max_epochs=3)
     follow = lambda _: weights.append({name: tensor.clone() for name, tensor in network.state_dict().items()})  # noqa: E731
     fitted = run(network, inputs, tmp_path / "c.pt", follow, schedule, objective=SEVERAL, codes=codes)
 
@@ -274,7 +274,7 @@ def test_the_history_says_what_the_batches_and_the_inner_part_gave(tmp_path: Pat
 def test_several_targets_are_learned_side_by_side(tmp_path: Path) -> None:
     torch.manual_seed(1)
     network, inputs, codes = Head(5, 5, hidden=0, dropout=0.0), features(), several_codes()
-    schedule = replace(SCHEDULE, max_epochs=30, patience=30, learning_rate=0.05, weight_average=0.0)
+    schedule = plan(replace(SCHEDULE, patience=30, weight_average=0.0), max_epochs=30, learning_rate=0.05)
     fitted = run(network, inputs, tmp_path / "c.pt", schedule=schedule, objective=SEVERAL, codes=codes)
     network.load_state_dict(fitted.state)
     first, second = SEVERAL.split(predict(network, SEVERAL, inputs, INNER, mirror=True))
@@ -289,7 +289,7 @@ def test_a_class_that_no_row_teaches_does_no_harm(tmp_path: Path) -> None:
     codes[INNER[-2:]] = 3
     torch.manual_seed(1)
     network = Head(5, 4, hidden=0, dropout=0.0)
-    schedule = replace(SCHEDULE, max_epochs=30, patience=30, learning_rate=0.05)
+    schedule = plan(replace(SCHEDULE, patience=30), max_epochs=30, learning_rate=0.05)
     fitted = run(network, features(), tmp_path / "c.pt", schedule=schedule, objective=objective, codes=codes)
     network.load_state_dict(fitted.state)
     probabilities = predict(network, objective, features(), INNER, mirror=True)
@@ -307,7 +307,7 @@ def test_a_single_sample_at_the_end_of_an_epoch_is_left_out(tmp_path: Path) -> N
 
 
 def test_batches_of_one_sample_are_trained_on(tmp_path: Path) -> None:
-    schedule = replace(SCHEDULE, batch_size=1, max_epochs=2)
+    schedule = plan(replace(SCHEDULE, batch_size=1), max_epochs=2)
     fitted = run(head(), features(), tmp_path / "c.pt", schedule=schedule)
     assert fitted.history[0].train_loss > 0
     assert not torch.equal(fitted.state["layers.1.weight"], head().state_dict()["layers.1.weight"])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,12 +14,17 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from pipeline_steps.files import atomic_path
+from pipeline_steps.vision.augment import Augmentation
 from pipeline_steps.vision.inputs import Inputs
+from pipeline_steps.vision.memory import keep_freed_memory
 from pipeline_steps.vision.objective import Objective
-from pipeline_steps.vision.optimizer import EagerAdamW
+from pipeline_steps.vision.optimizer import Optimization, build
 
-SCORE_BATCH = 512
-Loss = Callable[[Tensor, Tensor], Tensor]  # of logits (batch, n_outputs) and codes (batch, k)
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+SCORE_BATCH = 128
+NO_AUGMENTATION = Augmentation()
 
 
 @dataclass(frozen=True)
@@ -47,20 +52,28 @@ class Epoch:
 
 @dataclass(frozen=True)
 class Schedule:
-    """The training loop's settings, as in the `training` block of params.yaml; the loss is the objective's.
+    """How a network is trained; the loss is the objective's.
 
-    `n_epochs` is the number of epochs where no inner part chooses it; `max_epochs` still sets the learning rate.
+    Attributes:
+        n_epochs: the number of epochs where no inner part chooses it; `optimization.max_epochs` still sets the rates.
+        weight_average: decay a step of the moving average of the weights, which is what is scored and kept; 0: none.
+        mirror: train on mirrored views too, and average both when scoring.
+        head_epochs: first epochs, in which only `network.head` learns; `network.body` stays as it is, buffers too.
+        bfloat16: compute in bfloat16 where torch's autocast does; weights, losses and `predict` stay float32.
+        compile: by torch.compile.
     """
 
     n_epochs: int | None
-    max_epochs: int
     patience: int
     batch_size: int
-    learning_rate: float
-    weight_decay: float
+    optimization: Optimization
     weight_average: float
     mirror: bool
     seed: int
+    augmentation: Augmentation = NO_AUGMENTATION
+    head_epochs: int = 0
+    bfloat16: bool = False
+    compile: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,149 +97,224 @@ def fit(
     inputs_version: str,
     on_epoch: Callable[[Epoch], None],
     on_resume: Callable[[list[Epoch]], None] = lambda _: None,
+    fabric: "Fabric | None" = None,
 ) -> Fitted:
     """Trains `network` and returns the weights of the epoch with the best weighted F1 on the inner rows.
 
     Without inner rows, it trains for `schedule.n_epochs` and returns the last epoch's weights.
 
     After every epoch the whole state is saved in `checkpoint`; a later call with the same arguments goes on from it
-    and ends with the same weights as an undisturbed run (on a CPU, bit for bit). A checkpoint of other arguments is
-    ignored.
+    and ends with the same weights as an undisturbed run, wherever that was broken off (on a CPU, bit for bit). A
+    checkpoint of other arguments is ignored.
 
     Args:
-        network: takes what `inputs.batch` gives, returns logits (batch, objective.n_outputs).
+        network: takes what `inputs.batches` gives, returns logits (batch, objective.n_outputs); on the device of
+            `inputs` and `codes`.
         objective: the targets and their loss; class weights are those of `train_rows`.
         codes: int64 (n, k), what each row of `inputs` is, in the objective's columns.
-        train_rows: int64, rows to learn from.
-        inner_rows: int64, rows that choose the epoch; disjoint from `train_rows` and from the scored fold; or None.
+        train_rows: int64 on the CPU, rows to learn from.
+        inner_rows: int64 on the CPU, rows that choose the epoch; disjoint from `train_rows` and from the scored fold;
+            or None.
         inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
         on_epoch: called with each epoch that this call finishes.
         on_resume: called first with the epochs that the checkpoint holds, where there is one that fits.
+        fabric: where several processes train together (`distributed.fit`): each takes its share of every batch.
     """
     torch.manual_seed(schedule.seed)
-    order = torch.Generator().manual_seed(schedule.seed)
-    optimizer = EagerAdamW(network.parameters(), schedule.learning_rate, weight_decay=schedule.weight_decay, fused=True)
-    # One cycle (Smith & Topin 2018): up over the first fifth, then down along a cosine. Small networks trained from
-    # scratch on few images gain a lot from the warm-up (docs/decisions.md).
-    steps = schedule.max_epochs * -(-len(train_rows) // schedule.batch_size)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, schedule.learning_rate, total_steps=steps, pct_start=0.2)
-    # What is scored and kept: the exponential moving average of the weights over the steps, here with decay 0 too.
-    average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(schedule.weight_average), use_buffers=True)
-    loss = partial(objective.loss, weights=objective.weights(codes[train_rows]))
-
-    history: list[Epoch] = []
-    best = _copy(network)
-    key = _fingerprint(network, objective, codes, train_rows, inner_rows, schedule, inputs_version)
+    loop = _Loop(network, objective, inputs, codes, train_rows, schedule, fabric)
+    version = f"{inputs_version} by {loop.size}"
+    key = _fingerprint(network, objective, codes, train_rows, inner_rows, schedule, version)
     saved = _load(checkpoint, key)
     if saved is not None:
-        network.load_state_dict(saved["network"])
-        optimizer.load_state_dict(saved["optimizer"])
-        cycle.load_state_dict(saved["cycle"])
-        average.load_state_dict(saved["average"])
-        order.set_state(saved["order"])
-        torch.set_rng_state(saved["rng"])
-        best = saved["best"]
-        history = [Epoch(**line) for line in json.loads(saved["history"])]
-        on_resume(history)
-
-    last = schedule.max_epochs if schedule.n_epochs is None else schedule.n_epochs
-    while len(history) < last and len(history) - best_epoch(history) < schedule.patience:
-        trained = _train_epoch(
-            network, objective, loss, inputs, codes, train_rows, schedule, order, optimizer, cycle, average
-        )
-        inner = _inner_scores(average.module, objective, loss, inputs, codes, inner_rows, schedule.mirror)
-        line = Epoch(len(history) + 1, *trained, *inner)
-        history.append(line)
-        if best_epoch(history) == line.epoch:
-            best = _copy(average.module)
-        state = {
-            "key": key,
-            "network": network.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "cycle": cycle.state_dict(),
-            "average": average.state_dict(),
-            "order": order.get_state(),
-            "rng": torch.get_rng_state(),
-            "best": best,
-            "history": json.dumps([vars(item) for item in history]),
-        }
-        with atomic_path(checkpoint) as unfinished:
-            torch.save(state, unfinished)
-        on_epoch(line)
-    return Fitted(best, history, best_epoch(history))
+        loop.take_up(saved)
+        on_resume(loop.history)
+    last = schedule.optimization.max_epochs if schedule.n_epochs is None else schedule.n_epochs
+    while len(loop.history) < last and len(loop.history) - best_epoch(loop.history) < schedule.patience:
+        line = loop.epoch(inner_rows)
+        if loop.rank == 0:
+            with atomic_path(checkpoint) as unfinished:
+                torch.save({"key": key} | loop.state(), unfinished)
+            on_epoch(line)
+    return Fitted(loop.best, loop.history, best_epoch(loop.history))
 
 
-def predict(network: nn.Module, objective: Objective, inputs: Inputs, rows: Tensor, mirror: bool) -> Tensor:
-    """Probabilities, float32 (len(rows), n_outputs); with `mirror` the mean over the plain and mirrored view."""
+def predict(
+    network: nn.Module, objective: Objective, inputs: Inputs, rows: Tensor, mirror: bool, bfloat16: bool = False
+) -> Tensor:
+    """Probabilities, float32 (len(rows), n_outputs); with `mirror` the mean over the plain and mirrored view.
+
+    Args:
+        rows: int64 on the CPU.
+    """
     network.eval()
-    parts = []
-    with torch.inference_mode():
-        for part in rows.split(SCORE_BATCH):
-            plain = torch.zeros(len(part), dtype=torch.bool, device=part.device)
-            views = [plain, ~plain] if mirror else [plain]
-            answered = [objective.probabilities(network(inputs.batch(part, view)).float()) for view in views]
-            parts.append(torch.stack(answered).mean(0))
-    return torch.cat(parts)
+    answered = []
+    with torch.inference_mode(), _precision(inputs, bfloat16):
+        for view in (False, True) if mirror else (False,):
+            batches = inputs.batches(rows, torch.full((len(rows),), view), SCORE_BATCH)
+            answered.append(torch.cat([objective.probabilities(network(batch).float()) for batch in batches]))
+    return torch.stack(answered).mean(0)
 
 
 def best_epoch(history: list[Epoch]) -> int:
-    """Number of the first epoch with the highest inner weighted F1, or of the last one without an inner part."""
-    scores = [line.inner_f1_weighted for line in history if line.inner_f1_weighted is not None]
-    return scores.index(max(scores)) + 1 if scores else len(history)
+    """Number of the epoch with the highest inner weighted F1, or of the last one without an inner part.
+
+    Of equals, which a small inner part often gives, the one with the lowest inner loss; of those the first.
+    """
+    scored = [
+        (-line.inner_f1_weighted, line.inner_loss)
+        for line in history
+        if line.inner_f1_weighted is not None and line.inner_loss is not None
+    ]
+    return scored.index(min(scored)) + 1 if scored else len(history)
 
 
-def _train_epoch(
-    network: nn.Module,
-    objective: Objective,
-    loss: Loss,
-    inputs: Inputs,
-    codes: Tensor,
-    rows: Tensor,
-    schedule: Schedule,
-    order: torch.Generator,
-    optimizer: torch.optim.Optimizer,
-    cycle: torch.optim.lr_scheduler.LRScheduler,
-    average: AveragedModel,
-) -> tuple[float, float]:
-    """Loss and accuracy over the batches."""
-    network.train()
-    shuffled = rows[torch.randperm(len(rows), generator=order).to(rows.device)]
-    mirrored = torch.rand(len(rows), generator=order).to(rows.device) < (0.5 if schedule.mirror else 0.0)
-    if len(rows) > 1 and len(rows) % schedule.batch_size == 1:  # batch norm cannot train on a single sample
-        shuffled, mirrored = shuffled[:-1], mirrored[:-1]
-    total = torch.zeros((), device=rows.device)
-    # Scored once an epoch and kept in one piece: a head's steps are so quick that either else would show.
-    answers = torch.empty(len(shuffled), objective.n_outputs, device=rows.device)
-    batches = (part.split(schedule.batch_size) for part in (shuffled, mirrored, answers))
-    for part, view, answer in zip(*batches, strict=True):
-        optimizer.zero_grad(set_to_none=True)
-        logits = network(inputs.batch(part, view))
-        value = loss(logits, codes[part])
-        value.backward()
-        optimizer.step()
-        cycle.step()
-        average.update_parameters(network)
-        total += value.detach() * len(part)
-        answer.copy_(logits.detach())
-    accuracy = objective.accuracy(objective.probabilities(answers), codes[shuffled])
-    return float(total) / len(shuffled), accuracy
+class _Loop:
+    """A training and all that changes in it."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        inputs: Inputs,
+        codes: Tensor,
+        rows: Tensor,
+        schedule: Schedule,
+        fabric: "Fabric | None",
+    ) -> None:
+        self.network, self.objective, self.inputs, self.codes = network, objective, inputs, codes
+        self.rows, self.schedule, self.fabric = rows, schedule, fabric
+        self.rank, self.size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
+        if codes.device.type == "cpu":
+            keep_freed_memory()
+        self.head_alone: bool | None = None
+        self.forward: nn.Module = network
+        self.loss = partial(objective.loss, weights=objective.weights(codes[rows.to(codes.device)]))
+        self.order = torch.Generator().manual_seed(schedule.seed)
+        self.random = torch.Generator().manual_seed(schedule.seed)  # of the augmentation
+        steps = -(-len(rows) // schedule.batch_size)
+        self.optimizer, self.rates = build(network, schedule.optimization, steps)
+        decay = get_ema_multi_avg_fn(schedule.weight_average)
+        self.average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
+        self.best = _copy(network)
+        self.history: list[Epoch] = []
+
+    def epoch(self, inner_rows: Tensor | None) -> Epoch:
+        """Trains one more epoch, scores the averaged weights and keeps them where they are the best so far."""
+        trained = self._train()
+        inner = self._inner_scores(inner_rows) if self.rank == 0 else (None, None, None)
+        line = Epoch(len(self.history) + 1, *trained, *inner)
+        if self.fabric:
+            line = self.fabric.broadcast(line)  # so that all stop after the same epoch
+        self.history.append(line)
+        if best_epoch(self.history) == line.epoch:
+            self.best = _copy(self.average.module)
+        return line
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a later process needs to go on; tensors and plain values."""
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rates": self.rates.state_dict(),
+            "average": self.average.state_dict(),
+            "order": self.order.get_state(),
+            "random": self.random.get_state(),
+            "rng": torch.get_rng_state(),
+            "best": self.best,
+            "history": json.dumps([vars(line) for line in self.history]),
+        }
+
+    def take_up(self, saved: dict[str, Any]) -> None:
+        """Goes back to what `state` gave."""
+        self.network.load_state_dict(saved["network"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.rates.load_state_dict(saved["rates"])
+        self.average.load_state_dict(saved["average"])
+        self.order.set_state(saved["order"])
+        self.random.set_state(saved["random"])
+        torch.set_rng_state(saved["rng"])
+        self.best = saved["best"]
+        self.history = [Epoch(**line) for line in json.loads(saved["history"])]
+
+    def _train(self) -> tuple[float, float]:
+        """One epoch; loss and accuracy over its batches."""
+        schedule, device = self.schedule, self.codes.device
+        self._enter_stage()
+        shuffled = self.rows[torch.randperm(len(self.rows), generator=self.order)]
+        mirrored = torch.rand(len(self.rows), generator=self.order) < (0.5 if schedule.mirror else 0.0)
+        shuffled, mirrored = (self._share(part) for part in (shuffled, mirrored))
+        batch_size = schedule.batch_size // self.size
+        truths = self.codes[shuffled.to(device)]
+        total = torch.zeros((), device=device)
+        # Scored once an epoch and kept in one piece: a head's steps are so quick that either else would show.
+        answers = torch.empty(len(shuffled), self.objective.n_outputs, device=device)
+        batches = self.inputs.batches(shuffled, mirrored, batch_size)
+        parts = (part.split(batch_size) for part in (truths, answers))
+        for batch, truth, answer in zip(batches, *parts, strict=True):
+            self.optimizer.zero_grad(set_to_none=True)
+            seen, mixture = schedule.augmentation.mixed(schedule.augmentation.views(batch, self.random), self.random)
+            with _precision(self.inputs, schedule.bfloat16):
+                logits = self.forward(seen)
+            logits = logits.float()
+            value = self.loss(logits, truth)
+            if mixture is not None:
+                value = mixture.share * value + (1 - mixture.share) * self.loss(logits, truth[mixture.partners])
+            if self.fabric:
+                self.fabric.backward(value)
+            else:
+                value.backward()
+            self.optimizer.step()
+            self.rates.step()
+            self.average.update_parameters(self.network)
+            total += value.detach() * len(truth)
+            answer.copy_(logits.detach())
+        accuracy = self.objective.accuracy(self.objective.probabilities(answers), truths)
+        scores = torch.tensor([float(total) / len(shuffled), accuracy], dtype=torch.float64)
+        loss, accuracy = (self.fabric.all_reduce(scores.float().to(device)) if self.fabric else scores).tolist()
+        return loss, accuracy
+
+    def _enter_stage(self) -> None:
+        """What learns in the coming epoch: all, or the head alone."""
+        schedule = self.schedule
+        head_alone = len(self.history) < schedule.head_epochs
+        self.network.train()
+        if schedule.head_epochs:
+            self.network.body.requires_grad_(not head_alone)
+            self.network.body.train(not head_alone)  # batch norm's buffers move in training mode
+        if head_alone != self.head_alone:  # what gathers the gradients of several processes knows which will come
+            self.head_alone = head_alone
+            self.forward = torch.compile(self.network) if schedule.compile else self.network
+            if self.fabric:
+                self.forward = self.fabric.setup_module(self.forward, move_to_device=False)
+        if self.size > 1:  # only the first process's random state is in the checkpoint
+            seed = (schedule.seed * 1000 + len(self.history)) * self.size + self.rank
+            torch.manual_seed(seed)
+            self.random.manual_seed(seed)
+
+    def _share(self, rows: Tensor) -> Tensor:
+        """What this process takes of an epoch's rows: of each batch as much as every other.
+
+        A last batch that would leave a process a single sample, which batch norm cannot train on, is left out.
+        """
+        size = self.schedule.batch_size
+        rest = len(rows) % size // self.size
+        if rest == 1 and len(rows) > self.size:
+            rest = 0
+        return rows[: len(rows) // size * size + rest * self.size][self.rank :: self.size]
+
+    def _inner_scores(self, rows: Tensor | None) -> tuple[float, float, float] | tuple[None, None, None]:
+        """Loss, accuracy and weighted F1 of the averaged weights on the inner rows."""
+        if rows is None:
+            return None, None, None
+        objective, schedule = self.objective, self.schedule
+        found = predict(self.average.module, objective, self.inputs, rows, schedule.mirror, schedule.bfloat16)
+        truth = self.codes[rows.to(self.codes.device)]
+        mean_loss = float(self.loss(objective.logits(found), truth))
+        return mean_loss, objective.accuracy(found, truth), objective.score(found, truth)
 
 
-def _inner_scores(
-    network: nn.Module,
-    objective: Objective,
-    loss: Loss,
-    inputs: Inputs,
-    codes: Tensor,
-    rows: Tensor | None,
-    mirror: bool,
-) -> tuple[float, float, float] | tuple[None, None, None]:
-    """Loss, accuracy and weighted F1 on the inner rows."""
-    if rows is None:
-        return None, None, None
-    probabilities, truth = predict(network, objective, inputs, rows, mirror), codes[rows]
-    mean_loss = float(loss(objective.logits(probabilities), truth))
-    return mean_loss, objective.accuracy(probabilities, truth), objective.score(probabilities, truth)
+def _precision(inputs: Inputs, bfloat16: bool) -> torch.autocast:
+    return torch.autocast(inputs.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def _fingerprint(

@@ -93,7 +93,8 @@ class Inputs(ABC):
 
         Elsewhere they stay on the host, and `batches` copies each batch ahead.
         """
-        if device.type == "cpu" or self.values.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
+        there = isinstance(self.values, Tensor) and self.values.device == device
+        if there or device.type == "cpu" or self.values.nbytes > DEVICE_SHARE * torch.cuda.mem_get_info(device)[0]:
             return replace(self, device=device)
         return replace(self, values=self.values.to(device), device=device)
 

@@ -11,7 +11,7 @@ import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -59,6 +59,29 @@ def lease(purpose: str) -> Iterator[torch.device]:
             yield device
     finally:
         lock.release()
+
+
+@contextmanager
+def lease_several(purpose: str, n: int) -> Iterator[list[torch.device]]:
+    """As `lease`, for `n` GPUs at once; without GPUs the CPU, `n` times.
+
+    Raises:
+        PleatError: as `lease`, or there are fewer GPUs.
+    """
+    if not torch.cuda.is_available():
+        with lease(purpose) as device:
+            yield [device] * n
+        return
+    if n > torch.cuda.device_count():
+        raise PleatError(
+            f"{purpose}: `devices` is {n}, but this machine shows {torch.cuda.device_count()} GPUs; "
+            "lower it, or let CUDA_VISIBLE_DEVICES show more."
+        )
+    with ExitStack() as held:
+        # One at a time gathers, so that no two of them wait for a device that the other has.
+        with FileLock(_folder() / "several.lock", mode=0o666, fallback_to_soft=False) if n > 1 else nullcontext():
+            devices = [held.enter_context(lease(purpose)) for _ in range(n)]
+        yield devices
 
 
 def _devices() -> dict[str, torch.device]:
