@@ -1,5 +1,6 @@
 """Prepared arrays: the same batches wherever the values lie, against plain indexing by numpy."""
 
+import pickle
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -208,6 +209,17 @@ def test_prepared_pixels_are_joined_to_the_samples_in_memory_and_on_disk(tmp_pat
     expected = np.stack([first[3], first[1], second[2], second[3], first[0], second[1]])
     rows, mirrored = drawn(6, 20)
     equal(inputs.to(CPU).batches(rows, mirrored, 8), by_numpy(expected, rows, mirrored, 8))
+
+
+def test_memory_maps_go_to_another_process_by_their_paths(tmp_path: Path) -> None:
+    np.save(tmp_path / "one.npy", numbers(4))
+    parts = np.load(tmp_path / "one.npy", mmap_mode="r"), numbers(3, seed=1)
+    arrays = Arrays(parts, np.array([0, 1, 0]), np.array([3, 0, 1]))
+    sent = pickle.dumps(Pixels(arrays))
+    np.save(tmp_path / "one.npy", numbers(4, seed=2))
+    received = pickle.loads(sent)
+    expected = np.stack([numbers(4, seed=2)[3], numbers(3, seed=1)[0], numbers(4, seed=2)[1]])
+    np.testing.assert_array_equal(received.values.to(CPU), expected)
 
 
 def test_features_are_always_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
