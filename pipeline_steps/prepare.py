@@ -2,11 +2,12 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,11 @@ import pyarrow as pa
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, write_json
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import CustomCnn, FrozenModel
+from pipeline_steps.params_models import CustomCnn, FinetunedModel, FrozenModel, ScratchModel
 from pipeline_steps.progress import say, track
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 IMAGES_A_CHUNK = 256
 
@@ -27,7 +31,8 @@ def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
     for a network that is trained on pixels. Row i belongs to sample_ids[i].
 
     Raises:
-        PleatError: the backbone's weights cannot be had, or the batch was not ingested.
+        PleatError: timm does not know the network, its weights cannot be had or do not fit, it cannot take images of
+            this size, or the batch was not ingested.
     """
     settings = params.models[model]
     pack = root / "data" / "ingest" / batch / "images.arrow"
@@ -41,7 +46,7 @@ def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
         if isinstance(settings, FrozenModel):
             rows, about = _features(settings, images, root, title, leased)
         else:
-            rows, about = _pixels(settings, images), {"kind": "pixels"}
+            rows, about = _pixels(settings, images, root)
         shape = _write(out / "inputs.npy", track(rows, title, len(ids), "images"), len(ids))
         about |= {"shape": list(shape), "sha256": _sha256(out / "inputs.npy")}
         write_json(out / "sample_ids.json", ids)
@@ -61,22 +66,41 @@ def _features(
     from pipeline_steps.vision.lease import lease
 
     weights = root / settings.weights if settings.weights else None
-    backbone, preprocessing = load_backbone(settings.backbone, weights)
+    backbone, preprocessing = load_backbone(settings.backbone, weights, settings.head_on)
     about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
     leased.enter_context(lease(purpose))  # until all rows are written; a leased GPU is torch's current device
     return extract(backbone, preprocessing, images), about
 
 
-def _pixels(settings: CustomCnn, images: Iterator[tuple[bytes, bool]]) -> Iterator[np.ndarray]:
-    import torch
-
+def _pixels(
+    settings: FinetunedModel | ScratchModel | CustomCnn, images: Iterator[tuple[bytes, bool]], root: Path
+) -> tuple[Iterator[np.ndarray], dict]:
     from pipeline_steps.serving.images import decode, resize_crop
 
+    if isinstance(settings, CustomCnn):
+        size = settings.input_size
+        return _each(images, lambda image: resize_crop(decode(*image), size, size)), {"kind": "pixels"}
+    from pipeline_steps.vision.timm_networks import create, n_features, preprocessing
+
+    about, name, wanted = {"kind": "pixels"}, settings.backbone, settings.input_size
+    # What training would refuse is refused here, before any long work.
+    n_features(name, wanted, settings.head_on if isinstance(settings, FinetunedModel) else "pooled")
+    if isinstance(settings, FinetunedModel):
+        weights = root / settings.weights if settings.weights else None
+        create(name, weights, pretrained=True, input_size=wanted, head_on=settings.head_on)
+        about["weights_sha256"] = _sha256(weights) if weights else "from timm's hub"
+    return _each(images, preprocessing(name, wanted)), about
+
+
+def _each(
+    images: Iterator[tuple[bytes, bool]], prepared: "Callable[[tuple[bytes, bool]], Tensor]"
+) -> Iterator[np.ndarray]:
+    import torch
+
     torch.set_num_threads(1)  # parallel over images instead
-    size = settings.input_size
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         while chunk := list(islice(images, IMAGES_A_CHUNK)):
-            yield from pool.map(lambda image: resize_crop(decode(*image), size, size).numpy(), chunk)
+            yield from pool.map(lambda image: prepared(image).numpy(), chunk)
 
 
 def _write(path: Path, rows: Iterator[np.ndarray], n_rows: int) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ def run(params: Params, model: str, root: Path = Path()) -> dict[str, int]:
     """Writes data/profile/MODEL.json: parameters and multiply-accumulates of one image, head included, and input size.
 
     Raises:
-        PleatError: timm does not know the backbone.
+        PleatError: timm does not know the network, or it cannot take images of this size.
     """
     found = targets.of(params.targets, read_parquet(root / "data" / "split" / "folds.parquet"))
     n_outputs = sum(len(target.classes) for target in found)

@@ -21,23 +21,15 @@ from pipeline_steps.files import (
     write_parquet,
     write_text,
 )
+from pipeline_steps.fitting import build_network, build_objective, fit_on, schedule
 from pipeline_steps.metrics import headlines, mean_of_targets
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import CustomCnn, Model
+from pipeline_steps.params_models import CustomCnn, FrozenModel, Model
 from pipeline_steps.progress import say
 from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.targets import Target
-from pipeline_steps.train import (
-    CHECKPOINTS,
-    answers,
-    build_network,
-    build_objective,
-    codes_of,
-    fit_on,
-    load_inputs,
-    schedule,
-)
+from pipeline_steps.train import CHECKPOINTS, answers, codes_of, load_inputs
 from pipeline_steps.versions import data_version
 from pipeline_steps.vision.engine import Epoch, Fitted, predict
 from pipeline_steps.vision.lease import lease_several
@@ -55,7 +47,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         scores of each. An undefined score is None.
 
     Raises:
-        PleatError: the stages before have not run, or the backbone's weights cannot be had.
+        PleatError: the stages before have not run, or the network's weights cannot be had.
     """
     model = str(read_json(root / "data" / "compare" / "chosen.json")["model"])
     settings, training = params.models[model], params.training[model]
@@ -68,7 +60,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     seed = params.experiment.seed * 1000 + len(params.experiment.folds)  # the folds have those below
 
     torch.manual_seed(seed)
-    network = build_network(settings, training, inputs, objective.n_outputs)
+    network = build_network(settings, training, inputs, objective.n_outputs, root)
     if isinstance(network, Head):
         torch.set_num_threads(1)
         network.standardise_by(inputs.values[learn])
@@ -170,13 +162,19 @@ def _whole(settings: Model, network: torch.nn.Module, root: Path) -> tuple[torch
     if isinstance(settings, CustomCnn):
         size = settings.input_size
         return network, size, {"resize": size, "crop": size, "interpolation": "bilinear"}
+    if not isinstance(settings, FrozenModel):
+        from pipeline_steps.vision.timm_networks import preprocessing
+
+        seen = preprocessing(settings.backbone, settings.input_size)
+        return network, seen.crop, asdict(seen)
     from pipeline_steps.vision.backbones import load_backbone
 
-    backbone, preprocessing = load_backbone(settings.backbone, root / settings.weights if settings.weights else None)
+    weights = root / settings.weights if settings.weights else None
+    backbone, seen = load_backbone(settings.backbone, weights, settings.head_on)
     whole = torch.nn.Sequential()
     whole.add_module("backbone", backbone)
     whole.add_module("head", network)
-    return whole, preprocessing.crop, asdict(preprocessing)
+    return whole, seen.crop, asdict(seen)
 
 
 def _example(samples: pd.DataFrame, target: Target, root: Path) -> bytes:

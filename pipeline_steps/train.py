@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,20 +15,15 @@ from sklearn.model_selection import StratifiedShuffleSplit
 from pipeline_steps import targets
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import atomic_folder, read_json, read_parquet, write_csv, write_json, write_parquet
+from pipeline_steps.fitting import build_network, build_objective, fit_on, schedule
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import CustomCnn, FinetunedModel, Model, Training
 from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
-from pipeline_steps.vision.augment import Augmentation
-from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, fit, predict
+from pipeline_steps.vision.engine import Epoch, Fitted, predict
 from pipeline_steps.vision.inputs import CPU, Arrays, Features, Inputs, Pixels
 from pipeline_steps.vision.lease import lease_several
-from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
-from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head
-from pipeline_steps.vision.objective import Objective, Output
-from pipeline_steps.vision.optimizer import CosineDecay, Decay, OneCycle, Optimization, StepDecay
 
 CHECKPOINTS = Path(".pleat/checkpoints")
 # Of the memory that is free. Larger sets of pixels stay on disk, where the system keeps in memory what is read often,
@@ -45,7 +39,7 @@ def run(
     The fold's own rows choose nothing: an inner part of the other folds decides when to stop and which epoch stays.
 
     Raises:
-        PleatError: the stages before have not run, or the fold does not exist.
+        PleatError: the stages before have not run, the fold does not exist, or the weights to start from cannot be had.
     """
     settings, training = params.models[model], params.training[model]
     samples = read_parquet(root / "data" / "split" / "folds.parquet")
@@ -60,7 +54,7 @@ def run(
             say(f"train {model} fold {fold}: warning: target {target.name} has no sample to learn {absent} from")
 
     torch.manual_seed(seed)
-    network = build_network(settings, training, inputs, objective.n_outputs)
+    network = build_network(settings, training, inputs, objective.n_outputs, root)
     if isinstance(network, Head):
         torch.set_num_threads(1)  # so small that more threads gain nothing, and wait for each other on a busy machine
         network.standardise_by(inputs.values[learn])
@@ -195,96 +189,6 @@ def _strata(rows: pd.DataFrame, targets: Sequence[Target], inner_fraction: float
 def _absent(target: Target, rows: pd.DataFrame) -> list[str]:
     """The target's classes that none of the rows has."""
     return sorted(set(target.classes) - set(rows[target.columns].to_numpy(dtype=object).ravel()))
-
-
-def build_objective(training: Training, targets: Sequence[Target]) -> Objective:
-    """What the network is trained for: all targets, by the loss of params.yaml."""
-    outputs = tuple(Output(target.multilabel, len(target.classes)) for target in targets)
-    return Objective(outputs, _criterion(training), training.class_weights)
-
-
-def _criterion(training: Training) -> Loss:
-    loss = training.loss
-    if loss.kind == "focal":
-        return Focal(loss.gamma)
-    if loss.kind == "asymmetric":
-        return Asymmetric(loss.gamma_positive, loss.gamma_negative, loss.margin)
-    return CrossEntropy(training.label_smoothing)
-
-
-def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs: int) -> torch.nn.Module:
-    """The network that is trained: a head for frozen features, the whole CNN for pixels."""
-    head = training.head
-    if isinstance(settings, CustomCnn):
-        blocks = [(block.filters, block.kernel, block.pool) for block in settings.blocks]
-        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout)
-    return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
-
-
-def fit_on(
-    devices: list[torch.device],
-    network: torch.nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    codes: torch.Tensor,
-    *others: Any,
-) -> Fitted:
-    """`engine.fit` on one device, or `distributed.fit` on several.
-
-    Args:
-        inputs: made for the one device, or for the CPU; the network and the codes are on the CPU.
-    """
-    if len(devices) > 1:
-        from pipeline_steps.vision import distributed  # late: one device needs none of it
-
-        return distributed.fit(devices, network, objective, inputs, codes, *others)
-    device = devices[0]
-    network = network.to(device).to(memory_format=torch.channels_last)
-    return fit(network, objective, inputs, codes.to(device), *others)
-
-
-def schedule(
-    settings: Model, training: Training, seed: int, device: torch.device, n_epochs: int | None = None
-) -> Schedule:
-    """The engine's settings; `n_epochs` where no inner part chooses the epoch."""
-    augment = training.augment
-    rand = augment.rand_augment
-    finetuned = isinstance(settings, FinetunedModel)
-    return Schedule(
-        n_epochs=n_epochs,
-        patience=training.patience,
-        batch_size=training.batch_size,
-        optimization=Optimization(
-            optimizer=training.optimizer,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            layer_decay=settings.layer_decay if finetuned else 1.0,
-            decay=_decay(training),
-            max_epochs=training.max_epochs,
-        ),
-        weight_average=training.weight_average,
-        mirror=training.mirror,
-        seed=seed,
-        augmentation=Augmentation(
-            min_crop=augment.min_crop,
-            operations=rand.operations if rand else 0,
-            magnitude=rand.magnitude if rand else 0,
-            mixup=augment.mixup,
-            cutmix=augment.cutmix,
-        ),
-        head_epochs=settings.head_epochs if finetuned else 0,
-        bfloat16=training.precision == "bfloat16" or (training.precision == "auto" and device.type == "cuda"),
-        compile=training.compile,
-    )
-
-
-def _decay(training: Training) -> Decay:
-    decay = training.decay
-    if decay.kind == "step":
-        return StepDecay(decay.every_epochs, decay.rate)
-    if decay.kind == "cosine":
-        return CosineDecay(decay.warmup_epochs)
-    return OneCycle()
 
 
 def answers(rows: pd.DataFrame, keys: list[str], target: Target, probabilities: np.ndarray) -> pd.DataFrame:

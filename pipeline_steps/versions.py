@@ -17,8 +17,9 @@ LOCAL_STORE = "sqlite:///mlflow.db"  # where MLFLOW_TRACKING_URI is not set
 EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}  # the UI's page for training runs
 RUN = Path(".pleat/run.json")  # in the workspace of an Airflow run: what the run is
 TRAINING_CODE = (
-    "targets.py", "train.py", "vision/augment.py", "vision/engine.py", "vision/inputs.py", "vision/losses.py",
-    "vision/networks.py", "vision/objective.py", "vision/optimizer.py",
+    "fitting.py", "targets.py", "train.py", "vision/augment.py", "vision/distributed.py", "vision/engine.py",
+    "vision/inputs.py", "vision/losses.py", "vision/memory.py", "vision/networks.py", "vision/objective.py",
+    "vision/optimizer.py", "vision/timm_networks.py",
 )  # fmt: skip
 CODE = Path(__file__).parent
 

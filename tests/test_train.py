@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import f1_score, roc_auc_score
 from sklearn.model_selection import StratifiedShuffleSplit
 
-from pipeline_steps import targets, train
+from pipeline_steps import fitting, targets, train
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import write_json
 from pipeline_steps.params import Params
@@ -263,7 +263,7 @@ def test_the_loss_of_params_yaml_is_the_one_that_is_trained(
     tags = {"tags": SEVERAL["tags"]}
     chosen = load_params(OVERRIDES | {"targets": tags, "training": {"frozen": OVERRIDES["training"]["frozen"] | more}})
     rows = samples()
-    found = train.build_objective(chosen.training["frozen"], targets.of(chosen.targets, rows))
+    found = fitting.build_objective(chosen.training["frozen"], targets.of(chosen.targets, rows))
     assert found == Objective((Output(multilabel=True, n_classes=5),), criterion, "inverse")
 
     write_inputs(tmp_path, rows, separable(rows))

@@ -1,13 +1,11 @@
 """Parameters and multiply-accumulates of a whole model, counted on torch's meta device: no memory, no weights."""
 
-import timm
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_steps.params_models import CustomCnn, Head, Model
+from pipeline_steps.params_models import CustomCnn, FrozenModel, Head, Model, ScratchModel
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
-from pipeline_steps.vision.networks import Head as HeadNetwork
-from pipeline_steps.vision.weights import unknown_model
+from pipeline_steps.vision.timm_networks import load_network, preprocessing
 
 
 def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
@@ -18,21 +16,21 @@ def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
         products: FlopCounterMode / 2, which counts two operations for each), `input_size` in pixels.
 
     Raises:
-        PleatError: timm does not know the backbone.
+        PleatError: timm does not know the network, or it cannot take images of this size.
     """
     with torch.device("meta"):
         network: torch.nn.Module
         if isinstance(settings, CustomCnn):
             size = settings.input_size
-            blocks = [(block.filters, block.kernel, block.pool) for block in settings.blocks]
-            network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout)
+            blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
+            network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
         else:
-            if not timm.is_model(settings.backbone):
-                raise unknown_model(settings.backbone)
-            backbone = timm.create_model(settings.backbone, num_classes=0)
-            size = int(timm.data.resolve_model_data_config(backbone)["input_size"][-1])
-            n_features = backbone(torch.zeros(1, 3, size, size)).shape[-1]
-            network = torch.nn.Sequential(backbone, HeadNetwork(n_features, n_outputs, head.hidden, head.dropout))
+            wanted = None if isinstance(settings, FrozenModel) else settings.input_size
+            head_on = "pooled" if isinstance(settings, ScratchModel) else settings.head_on
+            size = preprocessing(settings.backbone, wanted).crop
+            network = load_network(
+                settings.backbone, None, False, wanted, head_on, n_outputs, head.hidden, head.dropout
+            )
         network.eval()
         counter = FlopCounterMode(display=False)
         with counter, torch.no_grad():

@@ -1,30 +1,25 @@
-"""Frozen timm backbones: their weights, their preprocessing, and feature extraction."""
+"""Frozen timm backbones and feature extraction."""
 
 import io
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
-import timm
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from pipeline_steps.errors import PleatError
-from pipeline_steps.serving.images import decode, resize_crop
-from pipeline_steps.vision.weights import check_weights, unknown_model
+from pipeline_steps.vision.timm_networks import HeadOn, Preprocessing, create, mean_std, preprocessing
 
 GPU_BATCH = 256
 
 
 class Backbone(nn.Module):
-    """A timm network without its classifier that takes raw uint8 pixels; never trained, so always in eval mode."""
+    """A timm network that takes raw uint8 pixels; never trained, so always in eval mode."""
 
     def __init__(self, network: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
@@ -36,47 +31,21 @@ class Backbone(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Pixels uint8 (batch, 3, size, size) to pooled features float32 (batch, n_features)."""
+        """Pixels uint8 (batch, 3, size, size) to features float32 (batch, n_features)."""
         features: Tensor = self.network((pixels.float() - self.mean) / self.std)
         return features
 
 
-@dataclass(frozen=True)
-class Preprocessing:
-    """What the backbone was trained to see, as timm records it; the arguments of `images.resize_crop`."""
-
-    resize: int
-    crop: int
-    interpolation: str
-
-    def __call__(self, image: tuple[bytes, bool]) -> Tensor:
-        """Encoded bytes and `plain_jpeg` to uint8 (3, crop, crop)."""
-        return resize_crop(decode(*image), self.resize, self.crop, self.interpolation)
-
-
-def load_backbone(name: str, weights: Path | None) -> tuple[Backbone, Preprocessing]:
+def load_backbone(name: str, weights: Path | None, head_on: HeadOn = "pooled") -> tuple[Backbone, Preprocessing]:
     """Builds a timm backbone with pre-trained weights, from a .safetensors file or from timm's hub.
 
+    With `head_on` "logits" its features are the logits of the classes that it was trained on.
+
     Raises:
-        PleatError: timm does not know the name, the file is absent or does not fit, or the hub cannot be reached.
+        PleatError: as `timm_networks.create`.
     """
-    if not timm.is_model(name):
-        raise unknown_model(name)
-    check_weights(name, weights)
-    overlay = {"file": str(weights)} if weights else None
-    try:
-        network = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, num_classes=0)
-    except SafetensorError as error:
-        raise PleatError(f"The weights {weights} cannot be read as safetensors: {error}. Fetch them again.") from error
-    except RuntimeError as error:  # names the tensors that are missing, unknown or of another shape
-        if weights is None:
-            raise
-        raise PleatError(f"The weights {weights} do not fit {name}: {' '.join(str(error).split())[:300]}") from error
-    data = timm.data.resolve_model_data_config(network)
-    crop = int(data["input_size"][-1])
-    return Backbone(network, data["mean"], data["std"]), Preprocessing(
-        int(crop / data["crop_pct"]), crop, data["interpolation"]
-    )
+    network = create(name, weights, pretrained=True, input_size=None, head_on=head_on)
+    return Backbone(network, *mean_std(name)), preprocessing(name, input_size=None)
 
 
 def extract(

@@ -1,6 +1,7 @@
 """One training over several devices: a process for each of them, gradients averaged after every step (DDP)."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -82,7 +83,7 @@ def _one_of_several(
     checkpoint: Path,
     inputs_version: str,
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], int] | None:
-    device = fabric.device
+    device, network = fabric.device, deepcopy(network)  # what was handed over lies in memory that all share
     if device.type == "cuda":
         network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
     else:

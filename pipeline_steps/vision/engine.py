@@ -187,7 +187,7 @@ class _Loop:
         if codes.device.type == "cpu":
             keep_freed_memory()
         self.head_alone: bool | None = None
-        self.forward: nn.Module = network
+        self.forward: Callable[[Tensor], Tensor] = network
         self.loss = partial(objective.loss, weights=objective.weights(codes[rows.to(codes.device)]))
         self.order = torch.Generator().manual_seed(schedule.seed)
         self.random = torch.Generator().manual_seed(schedule.seed)  # of the augmentation
@@ -269,9 +269,13 @@ class _Loop:
             total += value.detach() * len(truth)
             answer.copy_(logits.detach())
         accuracy = self.objective.accuracy(self.objective.probabilities(answers), truths)
-        scores = torch.tensor([float(total) / len(shuffled), accuracy], dtype=torch.float64)
-        loss, accuracy = (self.fabric.all_reduce(scores.float().to(device)) if self.fabric else scores).tolist()
-        return loss, accuracy
+        return self._mean(float(total) / len(shuffled)), self._mean(accuracy)
+
+    def _mean(self, score: float) -> float:
+        """Over the processes, of which each has the same number of samples."""
+        if not self.fabric:
+            return score
+        return float(self.fabric.all_reduce(torch.tensor(score, dtype=torch.float64, device=self.codes.device)))  # type: ignore[arg-type]
 
     def _enter_stage(self) -> None:
         """What learns in the coming epoch: all, or the head alone."""
@@ -279,13 +283,16 @@ class _Loop:
         head_alone = len(self.history) < schedule.head_epochs
         self.network.train()
         if schedule.head_epochs:
-            self.network.body.requires_grad_(not head_alone)
-            self.network.body.train(not head_alone)  # batch norm's buffers move in training mode
+            body = self.network.get_submodule("body")
+            body.requires_grad_(not head_alone)
+            body.train(not head_alone)  # batch norm's buffers move in training mode
         if head_alone != self.head_alone:  # what gathers the gradients of several processes knows which will come
             self.head_alone = head_alone
-            self.forward = torch.compile(self.network) if schedule.compile else self.network
             if self.fabric:
-                self.forward = self.fabric.setup_module(self.forward, move_to_device=False)
+                spread = self.fabric.setup_module(self.network, move_to_device=False)
+                self.forward = torch.compile(spread) if schedule.compile else spread
+            else:
+                self.forward = torch.compile(self.network) if schedule.compile else self.network
         if self.size > 1:  # only the first process's random state is in the checkpoint
             seed = (schedule.seed * 1000 + len(self.history)) * self.size + self.rank
             torch.manual_seed(seed)

@@ -1,6 +1,7 @@
 """Networks that are trained here: a plain CNN on pixels and the head on pooled features."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -36,14 +37,31 @@ class Head(nn.Module):
         return logits
 
 
+class Block(NamedTuple):
+    """One block of `CustomCnn`; "valid" padding takes `kernel` - 1 pixels off each side's length, "same" none."""
+
+    filters: int
+    kernel: int
+    pool: int
+    padding: str = "same"
+
+
 class CustomCnn(nn.Module):
     """Blocks of convolution, batch norm, ReLU and max pooling; global average pooling; a head.
 
     Args:
-        blocks: (filters, kernel, pool) a block; convolutions keep the size ("same" padding).
+        blocks: the fields of `Block`, in their order, a block.
+        batch_norm: without, each convolution has a bias instead.
     """
 
-    def __init__(self, blocks: Sequence[tuple[int, int, int]], n_classes: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        blocks: Sequence[tuple[int, int, int] | tuple[int, int, int, str]],
+        n_classes: int,
+        hidden: int,
+        dropout: float,
+        batch_norm: bool = True,
+    ) -> None:
         super().__init__()
         self.pixel_mean: Tensor
         self.pixel_std: Tensor
@@ -51,9 +69,11 @@ class CustomCnn(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(PIXEL_STD).view(1, 3, 1, 1) * 255)
         layers: list[nn.Module] = []
         channels = 3
-        for filters, kernel, pool in blocks:
-            convolution = nn.Conv2d(channels, filters, kernel, padding="same", bias=False)
-            layers += [convolution, nn.BatchNorm2d(filters), nn.ReLU(inplace=True)]
+        for filters, kernel, pool, padding in (Block(*block) for block in blocks):
+            layers.append(nn.Conv2d(channels, filters, kernel, padding=padding, bias=not batch_norm))
+            if batch_norm:
+                layers.append(nn.BatchNorm2d(filters))
+            layers.append(nn.ReLU(inplace=True))
             if pool > 1:
                 layers.append(nn.MaxPool2d(pool))
             channels = filters

@@ -5,6 +5,7 @@ torch.optim imports torch._dynamo at the first use of an optimizer, only to exem
 optimizers come from timm, whose import takes another 4 s.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -144,8 +145,6 @@ def build(network: nn.Module, how: Optimization, steps_an_epoch: int) -> tuple[O
 def _optimizer(groups: list[dict[str, Any]], how: Optimization) -> Optimizer:
     if how.optimizer == "adamw":
         return EagerAdamW(groups, how.learning_rate, weight_decay=how.weight_decay, fused=True)
-    import inspect
-
     from timm.optim import create_optimizer_v2, get_optimizer_class
 
     kind = get_optimizer_class(how.optimizer, bind_defaults=False)
