@@ -19,6 +19,7 @@ from pipeline_steps import ingest, prepare
 from pipeline_steps.errors import PleatError
 from pipeline_steps.serving.images import decode, resize_crop
 from pipeline_steps.vision.backbones import extract, load_backbone
+from pipeline_steps.vision.networks import Head
 from pipeline_steps.vision.weights import check_weights
 
 N_IMAGES = 12
@@ -91,13 +92,27 @@ def test_a_very_long_image_is_not_blown_up() -> None:
 
 
 def test_a_frozen_backbone_does_not_change_by_one_bit(ingested: Path, weights_file: Path) -> None:
+    """Neither by extraction nor when a head is trained on it; buffers too, running means and counts of batches."""
     backbone, preprocessing = load_backbone("mobilenetv2_100", weights_file)
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
-    assert any("running_mean" in name for name in before)
+    assert sum("running_mean" in name or "num_batches_tracked" in name for name in before) == 2 * 52
+    assert all(
+        torch.equal(before[f"network.{name}"], tensor)
+        for name, tensor in load_file(weights_file).items()
+        if not name.startswith("classifier")
+    )
     rows = packed(ingested)
-    list(extract(backbone, preprocessing, zip(rows["bytes"], rows["plain_jpeg"], strict=True)))
+    features = np.stack(list(extract(backbone, preprocessing, zip(rows["bytes"], rows["plain_jpeg"], strict=True))))
+    head = Head(1280, 2, hidden=0, dropout=0.0)
+    whole = torch.nn.Sequential(backbone, head)
+    optimizer = torch.optim.SGD(whole.parameters(), lr=0.1, weight_decay=0.1, momentum=0.9)
+    for inputs, network in ((torch.from_numpy(features[:, 0]), head), (torch.zeros(2, 3, 32, 32), whole)):
+        start = head.layers[1].weight.detach().clone()
+        optimizer.zero_grad()
+        network(inputs)[:, 0].sum().backward()
+        optimizer.step()
+        assert not torch.equal(head.layers[1].weight, start)
     assert all(torch.equal(before[name], tensor) for name, tensor in backbone.state_dict().items())
-    assert not any(parameter.requires_grad for parameter in backbone.parameters())
 
 
 def test_pixels_are_the_resized_images(ingested: Path) -> None:

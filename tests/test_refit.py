@@ -108,15 +108,13 @@ def test_it_learns_from_every_sample_of_the_train_side_and_from_no_other(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    original = refit.fit
+    original = refit.fit_on
 
-    def spy(
-        network: Any, objective: Any, inputs: Any, codes: Any, train_rows: torch.Tensor, inner_rows: Any, *rest: Any
-    ) -> Any:
-        seen.update(rows=train_rows, inner=inner_rows, schedule=rest[0], codes=codes)
-        return original(network, objective, inputs, codes, train_rows, inner_rows, *rest)
+    def spy(devices: Any, network: Any, objective: Any, inputs: Any, codes: Any, train_rows: Any, *rest: Any) -> Any:
+        seen.update(rows=train_rows, inner=rest[0], schedule=rest[1], codes=codes)
+        return original(devices, network, objective, inputs, codes, train_rows, *rest)
 
-    monkeypatch.setattr(refit, "fit", spy)
+    monkeypatch.setattr(refit, "fit_on", spy)
     refit.run(params(), fresh)
     samples = folds(fresh).sort_index()  # the order of `load_inputs`
     train = set(samples.index[samples["side"] == "train"])

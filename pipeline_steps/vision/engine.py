@@ -191,8 +191,11 @@ class _Loop:
         self.loss = partial(objective.loss, weights=objective.weights(codes[rows.to(codes.device)]))
         self.order = torch.Generator().manual_seed(schedule.seed)
         self.random = torch.Generator().manual_seed(schedule.seed)  # of the augmentation
-        steps = -(-len(rows) // schedule.batch_size)
+        steps = -(-len(self._share(rows)) // (schedule.batch_size // self.size))
         self.optimizer, self.rates = build(network, schedule.optimization, steps)
+        self.body: list[nn.Parameter] = []
+        if schedule.head_epochs:  # some networks keep parameters of their own fixed
+            self.body = [part for part in network.get_submodule("body").parameters() if part.requires_grad]
         decay = get_ema_multi_avg_fn(schedule.weight_average)
         self.average = AveragedModel(network, multi_avg_fn=decay, use_buffers=True)
         self.best = _copy(network)
@@ -283,9 +286,9 @@ class _Loop:
         head_alone = len(self.history) < schedule.head_epochs
         self.network.train()
         if schedule.head_epochs:
-            body = self.network.get_submodule("body")
-            body.requires_grad_(not head_alone)
-            body.train(not head_alone)  # batch norm's buffers move in training mode
+            for parameter in self.body:
+                parameter.requires_grad_(not head_alone)
+            self.network.get_submodule("body").train(not head_alone)  # in training mode batch norm's buffers move
         if head_alone != self.head_alone:  # what gathers the gradients of several processes knows which will come
             self.head_alone = head_alone
             if self.fabric:

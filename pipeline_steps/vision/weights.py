@@ -82,17 +82,17 @@ def misfit(name: str, weights: Path, found: Shapes, wanted: Shapes, classifier: 
     """
     # torch counts batches itself where a file has no count.
     lacking = [key for key in wanted if key not in found and not key.endswith("num_batches_tracked")]
-    if lacking and set(lacking) <= set(classifier):
-        return PleatError(
-            f"The weights {weights} hold no classifier ({_some(lacking)}), which `head_on: logits` needs; "
-            "give a file with one, or set `head_on: pooled`."
-        )
     unknown = [key for key in found if key not in wanted]
     others = [
         f"{key} ({_shape(found[key])} instead of {_shape(wanted[key])})"
         for key in wanted
         if key in found and found[key] != wanted[key]
     ]
+    if lacking and set(lacking) <= set(classifier) and not others and not unknown:
+        return PleatError(
+            f"The weights {weights} hold no classifier ({_some(lacking)}), which `head_on: logits` needs; "
+            "give a file with one, or set `head_on: pooled`."
+        )
     told = [("lacks", lacking), ("has in another shape", others), ("has beyond them", unknown)]
     reasons = "; ".join(f"{what} {_some(names)}" for what, names in told if names)
     if not reasons:
