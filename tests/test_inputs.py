@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline_steps import train
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import write_json
 from pipeline_steps.train import load_inputs
@@ -186,11 +187,14 @@ def write_prepared(root: Path, batch: str, names: list[str], values: np.ndarray)
     write_json(folder / "inputs.json", {"kind": kind, "sha256": batch})
 
 
-@pytest.fixture(params=["in memory", "on disk"])
-def memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Whether the samples' pixels are more than a quarter of what is free."""
-    free = psutil.virtual_memory()._replace(available=4 * 6 * 108 - (request.param == "on disk"))
+@pytest.fixture(params=["in memory", "on disk", "on disk, for a container"])
+def memory(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether six samples' pixels are more than a quarter of what is free, or of what the container may take."""
+    enough, limit = 4 * 6 * 108, tmp_path / "memory.max"
+    free = psutil.virtual_memory()._replace(available=enough - (request.param == "on disk"))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: free)
+    limit.write_text(f"{enough - 1}\n" if request.param == "on disk, for a container" else "max\n")
+    monkeypatch.setattr(train, "CONTAINER_LIMIT", limit)
     return request.param
 
 
@@ -202,7 +206,7 @@ def test_prepared_pixels_are_joined_to_the_samples_in_memory_and_on_disk(tmp_pat
     samples = pd.DataFrame({"sample_id": list("fedcba"), "label": list("123456")})
     inputs, ordered, version = load_inputs(tmp_path, "cnn", ["one", "two"], samples)
     assert isinstance(inputs, Pixels)
-    assert isinstance(inputs.values, Arrays if memory == "on disk" else torch.Tensor)
+    assert isinstance(inputs.values, torch.Tensor if memory == "in memory" else Arrays)
     assert ordered["sample_id"].tolist() == list("abcdef")
     assert ordered["label"].tolist() == list("654321")
     assert version == "one-two"

@@ -52,7 +52,7 @@ class Arrays:
         return int(np.prod(self.shape)) * self.parts[0].itemsize
 
     def __reduce__(self) -> tuple[Any, ...]:
-        parts = [Path(one.filename or "") if isinstance(one, np.memmap) else one for one in self.parts]
+        parts = [Path(one.filename) if isinstance(one, np.memmap) and one.filename else one for one in self.parts]
         return _opened, (parts, self.part, self.row)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
