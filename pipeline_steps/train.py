@@ -29,6 +29,7 @@ CHECKPOINTS = Path(".pleat/checkpoints")
 # Of the memory that is free. Larger sets of pixels stay on disk, where the system keeps in memory what is read often,
 # once for all folds that train side by side.
 MEMORY_SHARE = 0.25
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
 
 
 def run(
@@ -130,11 +131,18 @@ def load_inputs(root: Path, model: str, batches: list[str], samples: pd.DataFram
     inputs: Inputs
     if kinds == {"features"}:
         inputs = Features(values.to(CPU))
-    elif values.nbytes > MEMORY_SHARE * psutil.virtual_memory().available:
+    elif values.nbytes > MEMORY_SHARE * _free_memory():
         inputs = Pixels(values)
     else:
         inputs = Pixels(values.to(CPU))
     return inputs, samples, "-".join(versions)
+
+
+def _free_memory() -> int:
+    """Bytes; at most what a container may take in all (cgroup v2), since the machine's free memory is not its own."""
+    free = int(psutil.virtual_memory().available)
+    limit = CONTAINER_LIMIT.read_text().strip() if CONTAINER_LIMIT.is_file() else "max"
+    return free if limit == "max" else min(free, int(limit))
 
 
 def codes_of(targets: Sequence[Target], samples: pd.DataFrame) -> torch.Tensor:

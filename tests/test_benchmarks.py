@@ -5,7 +5,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -114,6 +117,69 @@ def test_the_leaderboard_is_there_before_the_last_stages() -> None:
 def test_stages_before_the_head_are_found() -> None:
     names = ["prepare@m-b", "train@m-0", "evaluate@m", "compare"]
     assert load("pipeline").not_of_the_head(names) == ["prepare@m-b"]
+
+
+@pytest.fixture
+def clothing(tmp_path: Path) -> Path:
+    """Eight images of two classes in the form of the clothing set, and a row without its file."""
+    (tmp_path / "images").mkdir()
+    rows = ["image,label"]
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 256, (70, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / f"{number}.jpg", quality=95)
+        rows.append(f"{number},{'Hat' if number % 2 else 'T-Shirt'}")
+    (tmp_path / "images.csv").write_text("\n".join([*rows, "gone,Hat"]))
+    return tmp_path
+
+
+def test_a_gpu_benchmark_without_a_gpu_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["engine_gpu.py"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    load("engine_gpu").main()
+    assert capsys.readouterr().out == "Skipped: CUDA shows no GPU, and training on one is what this measures.\n"
+
+
+def test_both_sides_of_the_gpu_benchmark_run_on_a_cpu(clothing: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    engine_gpu = load("engine_gpu")
+    prepared = engine_gpu.prepare(clothing, clothing / "prepared", size=32)
+    bench = engine_gpu.Bench(prepared, torch.device("cpu"), batch_size=2, n_batches=3, n_workers=0)
+    rates = engine_gpu.measure(bench, "test_resnet", 1, (False,))
+    engine_gpu.print_verdicts("test_resnet", rates, (False,))
+    assert [len(found) for found in rates.values()] == [1] * 4
+    assert min(rate for found in rates.values() for rate in found) > 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("images/s" in line for line in lines) == 4
+    assert sum("target >= 0.95" in line for line in lines) == 2
+    assert sum("target >= 1.2" in line for line in lines) == 1
+
+
+def test_both_sides_of_the_gpu_benchmark_see_the_same_images(clothing: Path) -> None:
+    """Each of timm's is one of Pleat's of the same class, plain or mirrored, up to the rounding of the resize."""
+    engine_gpu = load("engine_gpu")
+    prepared = engine_gpu.prepare(clothing, clothing / "prepared", size=64)
+    bench = engine_gpu.Bench(prepared, torch.device("cpu"), batch_size=2, n_batches=12, n_workers=0)
+    loader = bench.loader()
+    assert len(loader) == 12
+    ours = torch.from_numpy(np.array(prepared.values)).float()
+    mirrored = 0
+    for images, truth in loader:
+        for image, code in zip(images * loader.std + loader.mean, truth, strict=True):
+            apart = [(image - view).abs().mean((1, 2, 3)) for view in (ours, ours.flip(3))]
+            plain, turned = (float(one.min()) for one in apart)
+            assert min(plain, turned) < 2 < 20 < max(plain, turned)
+            assert prepared.codes[int(apart[turned < plain].argmin())] == code
+            mirrored += turned < plain
+    assert 0 < mirrored < 24
+
+
+def test_a_clock_leaves_out_the_first_batches_and_the_last_step_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine_gpu, rates, now = load("engine_gpu"), [], [0.0]
+    monkeypatch.setattr(engine_gpu.time, "perf_counter", lambda: now[0])
+    for batch in engine_gpu.clocked(iter([50.0, 9.0, 1.0, 2.0, 5.0]), 2, 4, torch.device("cpu"), rates):
+        now[0] += batch  # the step
+    assert rates == [3 * 4 / 8.0]
 
 
 def test_absent_data_ends_with_a_sentence(tmp_path: Path) -> None:

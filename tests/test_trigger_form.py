@@ -54,16 +54,25 @@ SHARED_KEYS = [
 ]
 
 
-CNNS = ["cnn_small", "cnn_tiny", "custom_cnn"]
-RECIPES = ["apparel", "attributes", "clothing", "clothing_top10", "dogs", "sample"]
+CNNS = ["cnn_small", "cnn_tiny", "custom_cnn", "custom_cnn_plain", "custom_cnn_224"]
+FINETUNED = ["mobilenetv2_finetuned", "efficientnet_b0", "mobilenetv3_large_100", "regnety_004"]
+# Frozen in every recipe, frozen in one and fine-tuned in another, trained from random weights.
+FROZEN, EITHER, SCRATCH = (
+    ["vgg16", "inception_v3", "convnext_large", "convnext_tiny", "convnext_base"],
+    ["mobilenetv2_100", "resnet50"],
+    ["resnet50_scratch"],
+)
+RECIPES = ["apparel", "attributes", "clothing", "clothing_light", "clothing_top10", "dogs", "sample"]
 
 
 def test_the_fields_of_this_checkout(project: Path) -> None:
     form = trigger_form.fields(project)
     models = [
-        "cnn_small", "cnn_tiny", "mobilenetv2_100", "resnet50", "vgg16", "inception_v3", "custom_cnn", "convnext_large",
-        "convnext_tiny", "convnext_base",
+        "cnn_small", "cnn_tiny", "mobilenetv2_100", "resnet50", "vgg16", "inception_v3", "custom_cnn",
+        "mobilenetv2_finetuned", "custom_cnn_plain", "convnext_large", "convnext_tiny", "resnet50_scratch",
+        "custom_cnn_224", "efficientnet_b0", "mobilenetv3_large_100", "regnety_004", "convnext_base",
     ]  # fmt: skip
+    assert sorted(models) == sorted([*CNNS, *FINETUNED, *FROZEN, *EITHER, *SCRATCH])
     assert {name: field["default"] for name, field in form.items()} == {
         "recipe": "params.yaml",
         "models": [],
@@ -79,10 +88,11 @@ def test_the_fields_of_this_checkout(project: Path) -> None:
     assert set(form["overrides"]["properties"]) == {
         *SHARED_KEYS,
         *(f"training.{model}.{key}" for model in models for key in TRAINING_KEYS),
-        *(f"training.{model}.{key}" for model in CNNS for key in AUGMENT_KEYS),
+        *(f"training.{model}.{key}" for model in (*CNNS, *FINETUNED, *SCRATCH) for key in AUGMENT_KEYS),
         *(f"models.{model}.{key}" for model in CNNS for key in ("input_size", "batch_norm")),
-        *(f"models.{model}.head_on" for model in models if model not in CNNS),
-    }
+        *(f"models.{model}.head_on" for model in (*FROZEN, *EITHER, *FINETUNED)),
+        *(f"models.{model}.{key}" for model in FINETUNED for key in ("head_epochs", "layer_decay")),
+    } - {"training.convnext_large.label_smoothing"}  # which has the study's focal loss
     for field in form.values():
         Draft202012Validator.check_schema(schema(field))
         assert field["title"]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -25,7 +26,8 @@ class Arrays:
     """Rows of one or several arrays of the host, memory maps among them, as if they were one array of n rows.
 
     Attributes:
-        parts: arrays (n_part, ...), the same dtype and shape of a row in all.
+        parts: arrays (n_part, ...), the same dtype and shape of a row in all. Whole .npy files that are memory-mapped
+            go to another process by their paths.
         part: int64 (n,), which of them holds each row.
         row: int64 (n,), and where in it.
     """
@@ -48,6 +50,10 @@ class Arrays:
     def nbytes(self) -> int:
         """Size of the n rows."""
         return int(np.prod(self.shape)) * self.parts[0].itemsize
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        parts = [Path(one.filename) if isinstance(one, np.memmap) and one.filename else one for one in self.parts]
+        return _opened, (parts, self.part, self.row)
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """Rows int64 (m,) to a tensor (m, ...) in memory."""
@@ -210,6 +216,10 @@ class _Slot:
             self.copies.wait_event(self.used)
             self.there[: len(rows)].copy_(self.host[: len(rows)], non_blocking=True)
             self.copied.record(self.copies)
+
+
+def _opened(parts: list[Path | np.ndarray], part: np.ndarray, row: np.ndarray) -> Arrays:
+    return Arrays(tuple(np.load(one, mmap_mode="r") if isinstance(one, Path) else one for one in parts), part, row)
 
 
 def _arrays(values: Tensor) -> Arrays:
