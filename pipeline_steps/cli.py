@@ -139,6 +139,12 @@ def _add_predict(commands: "argparse._SubParsersAction[argparse.ArgumentParser]"
     predict.add_argument("--out", required=True, metavar="FILE", help="such as scores.parquet, or s3://bucket/key")
     predict.add_argument("--version", help="of the model, instead of the champion")
     predict.add_argument("--top-k", type=int, default=5, metavar="K", help="labels listed for an image (default 5)")
+    predict.add_argument(
+        "--list",
+        metavar="LIST",
+        help="such as split/test.txt: of the one folder IMAGES, in the format attribute_lists, the images that this "
+        "file lists; FILE is then text, a line of class numbers for each image as in train_attr.txt",
+    )
     predict.set_defaults(run=_predict)
 
 
@@ -216,7 +222,7 @@ def _history(_: argparse.Namespace) -> None:
 def _predict(arguments: argparse.Namespace) -> None:
     from pipeline_steps import predict
 
-    predict.predict(params.load(), arguments.images, arguments.out, arguments.version, arguments.top_k)
+    predict.predict(params.load(), arguments.images, arguments.out, arguments.version, arguments.top_k, arguments.list)
     gc.freeze()  # else the interpreter looks through all of MLflow before it ends, which takes a second
 
 

@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 from pipeline_steps import serving
 
 CHILD = Path(__file__).parent / "isolated_child.py"
+PACKAGE = Path("artifacts", "package")  # in an MLflow model that Pleat made
 SHOWN = 300  # characters of an error
 # Of the environment: what programs need to run. Credentials, which no model needs to answer images, stay behind.
 KEPT = ("LANG", "LC_", "PATH", "TMPDIR", "TZ", "LD_LIBRARY_PATH", "OMP_", "MKL_", "GOMP_", "KMP_", "MALLOC_", "CUDA_")
@@ -72,7 +73,7 @@ class Isolated:
         Raises:
             BrokenError: it does not load, or Pleat did not make it.
         """
-        package = folder.absolute() / "artifacts" / "package"
+        package = folder.absolute() / PACKAGE
         if not (package / "about.json").is_file():
             raise BrokenError("it was not made by Pleat")
         needed = [line for line in requirements_of(folder) if _requirement(line).name not in serving.REQUIRES]
@@ -182,6 +183,11 @@ def requirements_of(folder: Path) -> list[str]:
         return [line for line in (folder / "requirements.txt").read_text().splitlines() if line.strip()]
     except OSError as error:
         raise BrokenError(f"its requirements.txt cannot be read ({error.strerror})") from None
+
+
+def classes_of(folder: Path) -> dict[str, list[str]]:
+    """The classes of each target of a model that Pleat made, in the order of its outputs, from the model's folder."""
+    return dict(json.loads((folder / PACKAGE / "about.json").read_text(encoding="utf-8"))["classes"])
 
 
 def link_requirements(requirements: Sequence[str], folder: Path) -> None:

@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from pipeline_steps import isolated, serving
+from pipeline_steps import isolated, predict_list, serving
 from pipeline_steps.errors import PleatError
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say, track
@@ -44,7 +44,13 @@ class Scored:
 
 
 def predict(
-    params: Params, images: Sequence[str], out: str, version: str | None = None, top_k: int = TOP_K, root: Path = Path()
+    params: Params,
+    images: Sequence[str],
+    out: str,
+    version: str | None = None,
+    top_k: int = TOP_K,
+    listed: str | None = None,
+    root: Path = Path(),
 ) -> Scored:
     """Scores images and writes a row for each, in their order; an image that is given twice has two rows.
 
@@ -58,11 +64,14 @@ def predict(
         out: a .parquet file, or `s3://bucket/file.parquet`; appears only when it is complete.
         version: the champion where it is None.
         top_k: how many labels TARGET_top_k lists.
+        listed: a list of images in `images`, which is then one folder in the format attribute_lists; `out` is a text
+            file, written by `predict_list.write`.
         root: the workspace, which relative paths start from.
 
     Raises:
-        PleatError: there is no image, no champion or no such version, the model is broken, something cannot be
-            reached or written, or every single image is unreadable (then the file is written all the same).
+        PleatError: there is no image, no champion or no such version, the model is broken or does not answer what the
+            list asks for, something cannot be reached or written, an image of the list is unreadable (nothing is
+            written), or every single image is unreadable (then the file is written all the same).
     """
     if top_k < 1:
         raise PleatError(f"Expected --top-k to be at least 1, but got {top_k}.")
@@ -77,13 +86,19 @@ def predict(
             from pipeline_steps import buckets
 
             file = _checked(out, root, Path(scratch))
-            found = _find(images, root, Path(scratch))
+            asked = _asked(images, listed, root) if listed is not None else None
+            found = asked.images if asked else _find(images, root, Path(scratch))
             version, folder = _fetch(name, version, Path(scratch))
         say(f"predict: version {version} of {name} scores {len(found):,} images")
         with _unless_broken(f"Version {version} of {name}"):
             targets = model.open(folder)
             loaded = time.monotonic()
-            n_unreadable = _write(file, _rows(model, found, top_k), targets, version)
+            n_unreadable = 0
+            if asked:
+                asked.check(f"Version {version} of {name}", isolated.classes_of(folder), targets)
+                predict_list.write(file, _rows(model, found, 1), asked)
+            else:
+                n_unreadable = _write(file, _rows(model, found, top_k), targets, version)
             answering_s = time.monotonic() - loaded
         if out.startswith("s3://"):
             buckets.upload(file, out)
@@ -132,6 +147,12 @@ def _find(images: Sequence[str], root: Path, scratch: Path) -> list[tuple[str, P
     return found
 
 
+def _asked(images: Sequence[str], listed: str, root: Path) -> predict_list.Asked:
+    if len(images) > 1 or images[0].startswith("s3://"):
+        raise PleatError(f"{listed} lists images of one folder on this machine, but got {', '.join(images)}.")
+    return predict_list.find(root / images[0], listed)
+
+
 def _utf8(path: str) -> str:
     try:
         path.encode()
@@ -151,7 +172,8 @@ def _fetch(name: str, version: str | None, scratch: Path) -> tuple[str, Path]:
         version = version or registry.champion()
         if not version:
             raise PleatError(
-                f"{name} has no champion yet; `dvc repro` trains and registers one, or name a version with --version."
+                f"{name} has no champion yet; `dvc repro` trains and registers one, or name a version with --version "
+                "(`pleat history` lists them)."
             )
         folder = scratch / "model"
         folder.mkdir()

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pipeline_steps.errors import PleatError
-from pipeline_steps.formats.listing import Listing, image_files, read_text
+from pipeline_steps.formats.listing import Listing, image_files, inside, read_text
 from pipeline_steps.params import NAME, TAKEN
 
 CLASSES = "split/list_attr_cloth.txt"
@@ -43,6 +43,39 @@ def read(folder: Path) -> Listing:
     test = _images(split / "test.txt", listed) if (split / "test.txt").exists() else []
     unlabelled = sorted(set(images) - set(rows["source_path"]))
     return Listing(rows, columns, unlabelled, frozenset(unlabelled) & {files.get(_key(path), path) for path in test})
+
+
+def classes_by_column(folder: Path) -> dict[str, list[str]]:
+    """The classes of each label column in the order in which the integers of train_attr.txt count them, from 0.
+
+    Raises:
+        PleatError: list_attr_cloth.txt or train_attr.txt is absent, not UTF-8 or malformed.
+    """
+    of_type = _classes(folder / CLASSES)
+    columns, _ = _labels(folder / "split" / "train_attr.txt", of_type)
+    return dict(zip(columns, of_type, strict=True))
+
+
+def listed_images(folder: Path, name: str) -> list[tuple[str, Path]]:
+    """The images of the list `folder / name` as they are written there, with their files.
+
+    Raises:
+        PleatError: the list is absent, not UTF-8 or malformed, or an image is listed twice, does not exist or lies
+            outside the folder.
+    """
+    path = folder / name
+    if not path.is_file():
+        raise PleatError(f"{path} does not exist; name a list of images below {folder}, such as split/test.txt.")
+    files = {_key(file): file for file in image_files(folder)}
+    images: list[tuple[str, Path]] = []
+    for number, image in enumerate(_images(path, {}), 2):
+        file = files.get(_key(image), image)
+        if not inside(folder, file):
+            raise _wrong(path, number, f"the path of an image within {folder}", image)
+        if not (folder / file).is_file():
+            raise PleatError(f"{path}, line {number}: {image} does not exist in {folder}; restore the file.")
+        images.append((image, folder / file))
+    return images
 
 
 def _part(
