@@ -186,6 +186,8 @@ class _Loop:
         self.rank, self.size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         if codes.device.type == "cpu":
             keep_freed_memory()
+        else:
+            torch.backends.cudnn.benchmark = True  # batches keep their size: the quickest kernels are worth a search
         self.head_alone: bool | None = None
         self.forward: Callable[[Tensor], Tensor] = network
         self.loss = partial(objective.loss, weights=objective.weights(codes[rows.to(codes.device)]))
