@@ -150,8 +150,8 @@ def plain_side() -> dict[str, object]:
         with open_image(image) as opened:
             pixels.append(preprocessing((image, is_plain_jpeg(opened))))
     images = torch.stack(pixels).permute(0, 2, 3, 1).contiguous()  # as channels_last lies in memory
-    codes = torch.from_numpy(pd.factorize(samples[TARGET_NAME], sort=True)[0])
-    folds = torch.from_numpy(samples["fold"].to_numpy())
+    codes = torch.tensor(pd.factorize(samples[TARGET_NAME], sort=True)[0])
+    folds = torch.tensor(samples["fold"].to_numpy())
     n_classes, forwarded, scores = int(codes.max()) + 1, 0, []
 
     def features(rows: torch.Tensor, mirrored: torch.Tensor | None = None) -> torch.Tensor:
