@@ -25,10 +25,12 @@ def main() -> None:
     """Runs one sub-command; a user's error ends with one sentence on stderr and exit status 1."""
     # OpenMP threads that wait spin for long by default, and starve whatever else runs; read when torch is loaded.
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    gc.set_threshold(50_000, 20, 100)  # else it looks again and again through the many objects that imports make
     signal.signal(signal.SIGTERM, _interrupt)
     arguments = build_parser().parse_args()
     try:
         arguments.run(arguments)
+        gc.freeze()  # else the interpreter looks through all that was imported before it ends, which takes a second
     except PleatError as error:
         print(f"pleat: {error}", file=sys.stderr)
         _leave_failure(error)
@@ -217,7 +219,6 @@ def _predict(arguments: argparse.Namespace) -> None:
     from pipeline_steps import predict
 
     predict.predict(params.load(), arguments.images, arguments.out, arguments.version, arguments.top_k)
-    gc.freeze()  # else the interpreter looks through all of MLflow before it ends, which takes a second
 
 
 def _sync(_: argparse.Namespace) -> None:

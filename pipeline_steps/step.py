@@ -4,6 +4,7 @@ Airflow's own process imports none of what stages need, and a stage that dies ta
 written to the file RESULT as JSON: `{"done": ...}`, or `{"failed": sentence, "retry": whether trying again can help}`.
 """
 
+import gc
 import json
 import os
 import sys
@@ -28,6 +29,7 @@ TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser it
 def main() -> None:
     """Does what stdin says and writes the result."""
     end_with_guard()
+    gc.set_threshold(50_000, 20, 100)  # as `pleat` does
     order = json.load(sys.stdin)
     steps: dict[str, Callable[..., dict[str, Any]]] = {
         "setup": set_up, "stage": run_stage, "decide": decide,
@@ -39,6 +41,7 @@ def main() -> None:
     except PleatError as error:
         result = {"failed": str(error), "retry": error.temporary}
     Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
+    gc.freeze()
 
 
 def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand: bool) -> dict[str, Any]:
