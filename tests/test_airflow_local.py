@@ -22,7 +22,7 @@ CONF = {
     "overrides": {"training.cnn_tiny.learning_rate": 0.01},
 }
 # Long enough that something can happen to it.
-LONG = {"models": ["cnn_tiny"], "folds": 2, "epochs": 40, "overrides": {"training.cnn_tiny.patience": 40}}
+LONG = {"models": ["cnn_tiny"], "folds": 2, "epochs": 24, "overrides": {"training.cnn_tiny.patience": 24}}
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_killed_training_and_a_killed_scheduler_cost_nothing(served: Served, und
         assert len(attempts) > 1
         log = "".join(served.airflow.log(started, "train", fold, attempt) for attempt in attempts)
         assert f"fold {fold}: going on after epoch " in log
-        epochs = re.findall(r"epoch (\d+)/40", log)
+        epochs = re.findall(r"epoch (\d+)/24", log)
         assert len(set(epochs)) == len(epochs)  # none was trained twice
         # Bit for bit what an undisturbed run gives.
         place = Path("data") / "train" / "cnn_tiny" / f"fold_{fold}"

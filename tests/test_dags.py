@@ -54,14 +54,13 @@ def test_importing_a_dag_takes_less_than_a_second_and_pulls_in_nothing_heavy(hom
             import sys, time
             import airflow.sdk, airflow.sdk.definitions.decorators  # the part that is Airflow's own
             from airflow.sdk import DAG, BaseOperator, Param, task
-            started = time.perf_counter()
+            started = time.process_time()
             import {dag}
-            print(time.perf_counter() - started, *[name for name in {HEAVY!r} if name in sys.modules])
+            print(time.process_time() - started, *[name for name in {HEAVY!r} if name in sys.modules])
         """
-        # The best of three: the machine may be busy with something else.
-        runs = [python(REPOSITORY, code, AIRFLOW_HOME=str(home)).split() for _ in range(3)]
-        assert min(float(seconds) for seconds, *_ in runs) < 1
-        assert all(heavy == [] for _, *heavy in runs)
+        seconds, *heavy = python(REPOSITORY, code, AIRFLOW_HOME=str(home)).split()
+        assert float(seconds) < 1  # of the processor, so that it does not matter what else the machine does
+        assert heavy == []
 
 
 def test_dags_use_airflows_task_sdk_alone() -> None:
@@ -135,7 +134,7 @@ def test_a_run_gives_what_dvc_repro_gives(home: Path, project: Path, finished: P
     assert state == "success"
     assert {name for name, (state, _) in states.items() if state != "success"} == {"approve[-1]", "decide[-1]"}
     assert states["approve[-1]"][0] == states["decide[-1]"][0] == "skipped"  # nothing waits for a person
-    assert [states[f"train[{fold}]"][1] for fold in range(3)] == [f"cnn_tiny · fold {fold}" for fold in range(3)]
+    assert [states[f"train[{fold}]"][1] for fold in range(2)] == [f"cnn_tiny · fold {fold}" for fold in range(2)]
     assert states["prepare[0]"][1] == "cnn_tiny · sample"
     assert "cnn_tiny fold 1: epoch 2/4" in log  # the stage's own lines
     assert "data version  sample=" in log

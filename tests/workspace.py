@@ -13,7 +13,7 @@ from ruamel.yaml import YAML
 
 # Small enough to be quick, large enough for every class to be learnt a little.
 QUICK = [
-    "experiment.folds=3",
+    "experiment.folds=2",
     "training.cnn_small.max_epochs=4",
     "training.cnn_tiny.max_epochs=4",
     "models.cnn_small.input_size=32",
