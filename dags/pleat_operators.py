@@ -105,21 +105,25 @@ class SetupOperator(StepOperator):
         return run
 
 
+def description(context: Context) -> dict[str, Any]:
+    """What the task `setup` returned; given as an argument, it would draw an edge from `setup` to every task."""
+    return context["ti"].xcom_pull(task_ids="setup", map_indexes=None)
+
+
 class StageOperator(StepOperator):
     """Brings one stage of dvc.yaml up to date in the run's workspace.
 
     Args:
-        described: what the task `setup` returned.
         address: DVC's name of the stage and item.
         title: the item in words, shown in the UI.
         before: what the tasks of the stages before returned, lists of mapped tasks included.
     """
 
-    template_fields = ("described", "address", "title", "before")
+    template_fields = ("address", "title", "before")
 
-    def __init__(self, *, described: Any, address: str, title: str, before: Any, **more: Any) -> None:
+    def __init__(self, *, address: str, title: str, before: Any, **more: Any) -> None:
         super().__init__(**more)
-        self.described, self.address, self.title, self.before = described, address, title, before
+        self.address, self.title, self.before = address, title, before
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Returns the stage's entry of dvc.lock, for the stages that come after."""
@@ -127,7 +131,8 @@ class StageOperator(StepOperator):
         for returned in self.before:
             for one in [returned] if isinstance(returned, dict) else returned:
                 locks |= one["lock"]
-        done = self.step(context, {"do": "stage", "run": self.described, "address": self.address, "locks": locks})
+        run = description(context)
+        done = self.step(context, {"do": "stage", "run": run, "address": self.address, "locks": locks})
         return {"lock": {self.address: done["lock"]}, "waiting": done.get("waiting")}
 
 
@@ -141,16 +146,15 @@ class DecideOperator(StepOperator):
     """Makes champion, or declines, what a person was asked about.
 
     Args:
-        described: what the task `setup` returned.
         version: of the model that waits.
         answer: what the person answered: `chosen_options`, `params_input`, `responded_by_user`.
     """
 
-    template_fields = ("described", "version", "answer")
+    template_fields = ("version", "answer")
 
-    def __init__(self, *, described: Any, version: Any, answer: Any, **more: Any) -> None:
+    def __init__(self, *, version: Any, answer: Any, **more: Any) -> None:
         super().__init__(**more)
-        self.described, self.version, self.answer = described, version, answer
+        self.version, self.answer = version, answer
 
     def execute(self, context: Context) -> dict[str, Any]:
         """Returns the event in the history."""
@@ -161,7 +165,7 @@ class DecideOperator(StepOperator):
             "by": person.get("name") or "somebody",
             "comment": self.answer["params_input"].get("comment") or "",
         }
-        return self.step(context, {"do": "decide", "run": self.described, "answer": answer})
+        return self.step(context, {"do": "decide", "run": description(context), "answer": answer})
 
 
 class OrderOperator(StepOperator):

@@ -73,9 +73,11 @@ with DAG(
             "pool": pool,
             **place_of(pool),
         }
-        given = {"described": setup.output, "before": [tasks[source].output for source in sorted(before[name])]}
+        given = {"before": [tasks[source].output for source in sorted(before[name])]}
         if not stage.matrix:
             tasks[name] = operator(address=name, title=name, **given, **common)
+            if not before[name]:
+                setup >> tasks[name]
             continue
 
         @task(task_id=f"list_{name}", doc_md=f"What `{name}` runs for: the matrix of dvc.yaml.")
@@ -101,7 +103,6 @@ with DAG(
     )
     decide = DecideOperator(
         task_id="decide",
-        described=setup.output,
         version="{{ ti.xcom_pull(task_ids='register')['waiting']['version'] }}",
         answer=approve.output,
         doc_md="Carries out the answer.",
