@@ -244,6 +244,8 @@ def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
     keys = dict(_leaves(Params.model_json_schema()))
     # Runs do not look at the inbox; the number of folds depends on `split.given`.
     keys = {key: schema for key, schema in keys.items() if key[0] != "inbox" and key != ("split", "given")}
+    of_training = dict(_leaves(Training.model_json_schema()))
+    del of_training["devices",]  # belongs to the machine
     for name in _models(recipes):
         definitions = [each.models[name] for each in recipes.values() if name in each.models]
         # Where recipes mean different kinds of model by one name, only what all kinds share can be changed.
@@ -256,8 +258,7 @@ def _keys(recipes: Mapping[str, Params]) -> dict[Key, dict[str, Any]]:
         else:
             shared.pop(("input_size",), None)  # which sizes a timm network takes, only timm knows
         keys |= {("models", name, *key): schema for key, schema in shared.items()}
-        training = dict(_leaves(Training.model_json_schema()))
-        del training["devices",]  # belongs to the machine
+        training = dict(of_training)
         if any(each.kind == "frozen" for each in definitions):  # only pixels can be augmented
             training = {key: schema for key, schema in training.items() if key[0] != "augment"}
         if _losses(recipes, name) != {"cross_entropy"}:  # no other loss takes it

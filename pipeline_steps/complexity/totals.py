@@ -5,7 +5,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_steps.params_models import CustomCnn, FrozenModel, Head, Model, ScratchModel
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
-from pipeline_steps.vision.timm_networks import load_network, preprocessing
 
 
 def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
@@ -25,6 +24,8 @@ def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
             blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
             network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
         else:
+            from pipeline_steps.vision.timm_networks import load_network, preprocessing  # late: takes seconds
+
             wanted = None if isinstance(settings, FrozenModel) else settings.input_size
             head_on = "pooled" if isinstance(settings, ScratchModel) else settings.head_on
             size = preprocessing(settings.backbone, wanted).crop
