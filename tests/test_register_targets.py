@@ -3,9 +3,11 @@
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from promotion_project import LABEL, TAGS, Beside, Colour, aliases, make, put_model, settings
+from sklearn.metrics import f1_score
 
 from pipeline_steps import promotion, register
 from pipeline_steps.register import Outcome
@@ -16,10 +18,15 @@ BLIND = Colour(("red", "green", "red"))  # blue is never said
 
 
 @pytest.fixture
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> pd.DataFrame:
-    """The holdout of a workspace, which is the current folder; each test has a store of its own."""
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current folder is a workspace to make; each test has a store of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+
+
+@pytest.fixture
+def rows(tmp_path: Path, store: None) -> pd.DataFrame:
+    """The holdout of a workspace, which is the current folder."""
     return make(tmp_path)
 
 
@@ -51,6 +58,27 @@ def test_several_targets_are_judged_together(tmp_path: Path, rows: pd.DataFrame)
     ):
         assert heading in page
     assert "Class 'blue' of label collapses" in run().reasons[1]
+
+
+def test_each_model_is_judged_with_its_own_thresholds(tmp_path: Path, store: None) -> None:
+    """The same network twice: the first misses what is dark."""
+    rows = make(tmp_path, weak=8)
+    put_model(tmp_path, rows, Beside(RIGHT), targets=[TAGS], threshold=0.9)
+    first = run()
+    bright = np.tile(np.arange(20) >= 8, 3)
+    actual = pd.get_dummies(rows["label"]).to_numpy()
+    f1 = f1_score(actual, actual & bright[:, np.newaxis], average="weighted")
+    assert 0.5 < f1 < 0.9
+    assert (first.event, first.evidence["candidate"]["f1_weighted"]) == ("promoted", pytest.approx(f1))
+    put_model(tmp_path, rows, Beside(RIGHT), targets=[TAGS], threshold=0.5)
+    second = run()
+    assert (second.event, second.champion) == ("promoted", "2")
+    assert second.evidence["candidate"]["f1_weighted"] == 1
+    assert second.evidence["champion"]["f1_weighted"] == pytest.approx(f1)
+    assert second.evidence["gain"]["value"] == pytest.approx(1 - f1)
+    assert second.evidence["gain"]["low"] < 1 - f1 < second.evidence["gain"]["high"]
+    recalls = second.evidence["targets"]["tags"]["classes"].values()
+    assert [(row["candidate_recall"], row["champion_recall"]) for row in recalls] == [(1, pytest.approx(0.6))] * 3
 
 
 def test_a_champion_of_other_targets_gives_way(
