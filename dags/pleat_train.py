@@ -87,9 +87,7 @@ with DAG(
         each = operator.partial(map_index_template="{{ task.title }}", **given, **common)
         tasks[name] = each.expand_kwargs(items(setup.output))
 
-    @task.short_circuit(
-        task_id="needs_approval", doc_md="Goes on where a model waits for a person (`promotion.mode: approve`)."
-    )
+    @task.short_circuit(task_id="needs_approval", doc_md="Goes on where a model waits for a person.")
     def needs_approval(registered: dict) -> bool:  # noqa: D103
         return registered["waiting"] is not None
 

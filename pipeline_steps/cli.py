@@ -115,7 +115,7 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
 
 
 def _add_registry_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    text = "Make a version champion that waits for approval (promotion.mode: approve), or decline it."
+    text = "Make a version champion that waits for approval, or decline it."
     approve = commands.add_parser("approve", help=text, description=text)
     approve.add_argument("version", nargs="?", help="default: the newest one that waits")
     approve.add_argument("--decline", action="store_true", help="leave the champion as it is")

@@ -83,15 +83,15 @@ def judge(
     """Decides whether a trained candidate becomes champion, stays a challenger, or neither.
 
     Rejected is what is broken, cannot be judged, misses a floor, scores lower than the champion, or loses a class.
-    A challenger is what is not shown to be better by more than `min_gain`, or costs too much. The rest is promoted.
+    A challenger is what is not shown to be better by more than `min_gain`, costs too much, or answers other targets
+    than the champion, which only a person can weigh. The rest is promoted.
     Floors and gain are of the mean over the targets; a class is lost in any of them.
 
     Args:
         settings: the block `promotion` of params.yaml; `mode` is the caller's.
         holdout: may be empty, which is a reason to reject.
         candidate: the package to judge.
-        champion: None where no model was ever promoted; one that is broken, or answers other targets, is compared with
-            no more than an absent one.
+        champion: None where no model was ever promoted; one that is broken is compared with no more than an absent one.
         seed: of the bootstrap.
 
     Raises:
@@ -118,7 +118,7 @@ def judge(
         reason = f"Champion version {champion.version} is broken, so it could not be compared with: {champion.reason}."
         findings.append(("promoted", reason))
     elif isinstance(champion, Unlike):
-        findings.append(("promoted", _not_compared(champion)))
+        findings.append(("challenger", _not_compared(candidate, champion, rejected=bool(findings))))
     elif isinstance(candidate, Measured):
         if scores and champion_scores:
             gains = paired_bootstrap(holdout, candidate.predicted, champion.predicted, settings.confidence, seed)
@@ -175,11 +175,16 @@ def _reached_floors(floors: Floors, candidate: Measured | Broken, scores: Scores
     return f"{_named(candidate)} reaches the floors on the holdout{scores.over}: {weighted} and {macro}."
 
 
-def _not_compared(champion: Unlike) -> str:
-    return (
+def _not_compared(candidate: Measured | Broken, champion: Unlike, rejected: bool) -> str:
+    reason = (
         f"Champion version {champion.version} answers other targets ({', '.join(champion.answers)}) than are asked for "
-        f"now ({', '.join(champion.asked)}), so it could not be compared with: promotion goes on as for a first model."
+        f"now ({', '.join(champion.asked)}), so the two cannot be compared"
     )
+    if rejected:
+        return f"{reason}."
+    if candidate.version == "candidate":
+        return f"{reason}, and only a person can promote the candidate."
+    return f"{reason}, and only a person can promote it: with `pleat approve {candidate.version}`."
 
 
 def _compared(

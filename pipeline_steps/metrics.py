@@ -128,6 +128,17 @@ def best_threshold(positive: Bools, score: npt.NDArray[np.floating]) -> float:
     return (float(scores[best]) + below) / 2
 
 
+def best_thresholds(actual: Ints, probability: npt.NDArray[np.floating]) -> Floats:
+    """`best_threshold` of each class, shape (c,).
+
+    Args:
+        actual: shape (n, c).
+        probability: shape (n, c).
+    """
+    applies = indicator(actual, probability.shape[1])
+    return np.array([best_threshold(positive, score) for positive, score in zip(applies.T, probability.T, strict=True)])
+
+
 def cross_fitted_thresholds(actual: Ints, probability: npt.NDArray[np.floating], fold: Ints) -> Floats:
     """For each fold and class the best threshold on the out-of-fold predictions of all other folds, shape (k, c).
 
@@ -139,17 +150,22 @@ def cross_fitted_thresholds(actual: Ints, probability: npt.NDArray[np.floating],
         probability: shape (n, c).
         fold: each sample's fold, shape (n,).
     """
-    applies = indicator(actual, probability.shape[1])
     others = [fold != number for number in np.unique(fold)]
-    return np.array(
-        [
-            [
-                best_threshold(positive[mask], score[mask])
-                for positive, score in zip(applies.T, probability.T, strict=True)
-            ]
-            for mask in others
-        ]
-    )
+    return np.array([best_thresholds(actual[mask], probability[mask]) for mask in others])
+
+
+def answered(probability: npt.NDArray[np.floating], thresholds: Floats | None) -> Ints:
+    """What is predicted: the most probable class, the first of equals, or the classes that reach their thresholds.
+
+    Args:
+        probability: shape (n, c).
+        thresholds: of each class of a multilabel target, shape (c,) or (n, c); None of another target.
+
+    Returns:
+        Class numbers (n,), or 0 and 1 (n, c).
+    """
+    found = probability.argmax(axis=1) if thresholds is None else probability >= thresholds
+    return found.astype(np.int64)
 
 
 def mean_roc_curve(folds: Sequence[tuple[Bools, npt.NDArray[np.floating]]], grid: Floats) -> Floats:
@@ -180,7 +196,7 @@ def headlines(actual: Ints, probability: npt.NDArray[np.floating], predicted: In
     if not len(actual):
         return dict.fromkeys(MULTILABEL_SCORES if multilabel else HEADLINES, NAN)
     if predicted is None:
-        predicted = (probability >= THRESHOLD).astype(np.int64) if multilabel else probability.argmax(axis=1)
+        predicted = answered(probability, np.full(probability.shape[1], THRESHOLD) if multilabel else None)
     found = {
         "f1_weighted": _f1(actual, predicted, probability.shape[1], "weighted"),
         "f1_macro": _f1(actual, predicted, probability.shape[1], "macro"),

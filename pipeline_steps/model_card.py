@@ -1,17 +1,19 @@
 """The card that travels with a model: what it is, what it was trained on, how well it answers, and its limits."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 from sklearn.metrics import confusion_matrix
 
 from pipeline_steps import metrics, pages, plots
 from pipeline_steps.bootstrap import Estimate, Holdout, Labels, f1_weighted_interval, labels_of
 from pipeline_steps.files import read_json, write_text
-from pipeline_steps.metrics import Ints
+from pipeline_steps.metrics import Floats, Ints
 from pipeline_steps.params import Params, flat
 from pipeline_steps.targets import Target
 
@@ -20,13 +22,29 @@ FEW_IMAGES = 50  # of training: fewer are told as a limit
 WEAK_RECALL = 0.5
 
 
+@dataclass(frozen=True)
+class Held:
+    """What the model answers in one target about the n samples of the holdout, c classes.
+
+    Attributes:
+        target: with the classes that the model knows.
+        probability: (n, c).
+        predicted: class numbers (n,), or 0 and 1 (n, c) of a multilabel target.
+        thresholds: (c,), of a multilabel target from which probability on a class counts as predicted; else None.
+    """
+
+    target: Target
+    probability: npt.NDArray[np.float32]
+    predicted: Ints
+    thresholds: Floats | None
+
+
 def collect(
     params: Params,
     root: Path,
     about: dict[str, Any],
     samples: pd.DataFrame,
-    targets: Sequence[Target],
-    held: Sequence[np.ndarray],
+    held: Sequence[Held],
     data_version: str,
 ) -> dict[str, Any]:
     """All that the card says.
@@ -34,35 +52,37 @@ def collect(
     Args:
         about: what refit measured, as in its metrics.json.
         samples: of both sides, with the label columns and side.
-        targets: what the model answers.
-        held: of each target, the probabilities of the samples of the holdout, (n, n_classes).
+        held: of each target, in the order of the samples of the holdout.
         data_version: of the batches.
     """
     data, model = root / "data", about["model"]
     counts = read_json(data / "validate" / "counts.json")
     folds = read_json(data / "evaluate" / model / "metrics.json")
     rows, trained = (samples[samples["side"] == side] for side in ("holdout", "train"))
-    predicted = [_predicted(target, probabilities) for target, probabilities in zip(targets, held, strict=True)]
+    targets = [one.target for one in held]
     mean, intervals = None, dict[str, Estimate]()
     if len(rows):
         actual = {target.name: list(map(labels_of, target.labels(rows))) for target in targets}
-        answers = {target.name: _names(target, codes) for target, codes in zip(targets, predicted, strict=True)}
+        answers = {one.target.name: _names(one.target, one.predicted) for one in held}
         found = f1_weighted_interval(Holdout(actual, rows["group"].tolist()), answers, CONFIDENCE)
         mean, intervals = found.mean, found.targets
     sections = []
-    for target, probabilities, codes in zip(targets, held, predicted, strict=True):
+    for one in held:
+        target = one.target
         scores = metrics.MULTILABEL_SCORES if target.multilabel else metrics.HEADLINES
         holdout, of_folds = about.get("targets", {}).get(target.name, {}), folds["targets"][target.name]
         section = {
             "name": target.name,
             "multilabel": target.multilabel,
-            "classes": _classes(target, rows, trained, probabilities, codes).to_dict("records"),
+            "classes": _classes(one, rows, trained).to_dict("records"),
             "scores": _scores(scores, holdout, of_folds, intervals.get(target.name)),
             "confusion": None,
             "picture": f"confusion_{target.name}" if len(targets) > 1 else "confusion",
         }
         if len(rows) and not target.multilabel:
-            section["confusion"] = confusion_matrix(target.codes(rows), codes, labels=range(len(target.classes)))
+            section["confusion"] = confusion_matrix(
+                target.codes(rows), one.predicted, labels=range(len(target.classes))
+            )
         sections.append(section)
     return {
         "model": model,
@@ -110,13 +130,6 @@ def _told(targets: Sequence[Target]) -> str:
     return f"Tells {', '.join(listed)} of an image."
 
 
-def _predicted(target: Target, probabilities: np.ndarray) -> Ints:
-    """Class numbers (n,), or 0 and 1 (n, n_classes), as `metrics.headlines` takes them from probabilities."""
-    answered = probabilities >= metrics.THRESHOLD if target.multilabel else probabilities.argmax(axis=1)
-    codes: Ints = answered.astype(np.int64)
-    return codes
-
-
 def _names(target: Target, codes: Ints) -> list[Labels]:
     applies = metrics.indicator(codes, len(target.classes))
     return [tuple(target.classes[code] for code in np.flatnonzero(row)) for row in applies]
@@ -136,15 +149,15 @@ def _scores(names: Sequence[str], holdout: dict[str, Any], folds: dict[str, Any]
     }
 
 
-def _classes(
-    target: Target, rows: pd.DataFrame, trained: pd.DataFrame, probabilities: np.ndarray, predicted: Ints
-) -> pd.DataFrame:
+def _classes(held: Held, rows: pd.DataFrame, trained: pd.DataFrame) -> pd.DataFrame:
     """One row a class; undefined scores are NaN."""
-    actual, size = target.codes(rows), len(target.classes)
-    scores = metrics.class_scores(actual, predicted, size)
+    target, size = held.target, len(held.target.classes)
+    actual = target.codes(rows)
+    scores = metrics.class_scores(actual, held.predicted, size)
     columns = {name: getattr(scores, name) for name in ("support", "precision", "recall", "f1")}
-    if target.multilabel:
-        columns["ap"] = metrics.average_precision_by_class(actual, probabilities)
+    if held.thresholds is not None:
+        columns["ap"] = metrics.average_precision_by_class(actual, held.probability)
+        columns["threshold"] = held.thresholds
     number = metrics.indicator(target.codes(trained), size).sum(axis=0)
     return pd.DataFrame({"class": target.classes, "trained": number, **columns})
 
@@ -182,7 +195,7 @@ def _limits(params: Params, targets: Sequence[dict[str, Any]], about: dict[str, 
     if any_number:
         of = f"label of {_listed(any_number)}" if several else f"one of the {len(any_number[0]['classes'])} labels"
         limits.append(
-            f"An image gets every {of} whose probability reaches {metrics.THRESHOLD:g}; that may be none, and labels "
+            f"An image gets every {of} whose probability reaches the label's threshold; that may be none, and labels "
             "that exclude each other."
         )
     limits[-1] += " Probabilities are not calibrated."

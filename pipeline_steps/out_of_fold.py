@@ -98,11 +98,11 @@ def read(params: Params, model: str, name: str, root: Path) -> Predictions:
     _check_probability(model, target, samples, probability)
     actual = target.codes(wanted)
     if not target.multilabel:
-        return Predictions(target, samples, actual, probability, probability.argmax(axis=1).astype(np.int64), None)
+        return Predictions(target, samples, actual, probability, metrics.answered(probability, None), None)
     fold_numbers = samples["fold"].to_numpy()
     thresholds = metrics.cross_fitted_thresholds(actual, probability, fold_numbers)
     of_row = thresholds[np.unique(fold_numbers, return_inverse=True)[1]]
-    return Predictions(target, samples, actual, probability, (probability >= of_row).astype(np.int64), thresholds)
+    return Predictions(target, samples, actual, probability, metrics.answered(probability, of_row), thresholds)
 
 
 def _read_fold(folder: Path, name: str, fold: int) -> pd.DataFrame:

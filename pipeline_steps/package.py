@@ -6,7 +6,7 @@ import json
 import shutil
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from pipeline_steps import serving
 from pipeline_steps.files import write_json
-from pipeline_steps.metrics import THRESHOLD
 from pipeline_steps.targets import Target
 
 SERVING = Path(__file__).parent / "serving"
@@ -54,8 +53,9 @@ def write(folder: Path, network: Answering, size: int, about: dict[str, Any], ex
     - state.safetensors: the network's state_dict, and large constants of the graph;
     - network.onnx: the graph, whose weights lie in state.safetensors; input `pixels` uint8 (batch, 3, size, size), an
       output for each target under its name;
-    - about.json: `about`, which must have preprocessing (arguments of `resize_crop`) and max_pixels, with classes (by
-      target); where there are multilabel targets, their names as multilabel, and thresholds (by target, one a class);
+    - about.json: `about`, which must have preprocessing (arguments of `resize_crop`), max_pixels and, where there are
+      multilabel targets, thresholds (by target, one a class), with classes (by target) and the names of multilabel
+      targets as multilabel;
     - requirements.txt, example.jpg (an encoded image of any format), model.py and the code that it imports, in code/.
 
     Args:
@@ -83,7 +83,7 @@ def write(folder: Path, network: Answering, size: int, about: dict[str, Any], ex
             raise RuntimeError(f"the graph holds other values than the network for {name}")
         _point(item, "state.safetensors", *places[name])
     (folder / "network.onnx").write_bytes(graph.SerializeToString())
-    write_json(folder / "about.json", about | _answered(network.targets))
+    write_json(folder / "about.json", about | _answered(network.targets, about.get("thresholds", {})))
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()))
     (folder / "example.jpg").write_bytes(example)
     _write_code(folder)
@@ -110,10 +110,10 @@ def digest(folder: Path) -> str:
     return total.hexdigest()
 
 
-def _answered(targets: Sequence[Target]) -> dict[str, Any]:
+def _answered(targets: Sequence[Target], thresholds: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     classes = {target.name: target.classes for target in targets}
-    thresholds = {target.name: [THRESHOLD] * len(target.classes) for target in targets if target.multilabel}
-    return {"classes": classes} | ({"multilabel": list(thresholds), "thresholds": thresholds} if thresholds else {})
+    chosen = {target.name: thresholds[target.name] for target in targets if target.multilabel}
+    return {"classes": classes} | ({"multilabel": list(chosen), "thresholds": chosen} if chosen else {})
 
 
 def _exported(network: Answering, size: int) -> bytes:

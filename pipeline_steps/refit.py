@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pipeline_steps import model_card, package, targets
+from pipeline_steps import metrics, model_card, out_of_fold, package, targets
+from pipeline_steps.errors import PleatError
 from pipeline_steps.files import (
     atomic_folder,
     read_json,
@@ -22,7 +23,8 @@ from pipeline_steps.files import (
     write_text,
 )
 from pipeline_steps.fitting import build_network, build_objective, fit_on, schedule
-from pipeline_steps.metrics import headlines, mean_of_targets
+from pipeline_steps.metrics import Floats
+from pipeline_steps.model_card import Held
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
 from pipeline_steps.params_models import CustomCnn, FrozenModel, Model
@@ -39,7 +41,8 @@ from pipeline_steps.vision.networks import Head
 def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] = lambda _: None) -> dict[str, Any]:
     """Writes data/refit (package/, holdout/TARGET.parquet, history.csv, metrics.json) and reports/model_card.
 
-    It trains for as many epochs as the folds chose (the median), since nothing is left to choose by.
+    It trains for as many epochs as the folds chose (the median), since nothing is left to choose by. So each class of
+    a multilabel target is answered from the threshold on that is best for the out-of-fold predictions of all folds.
 
     Returns:
         What metrics.json holds: `model`, `epochs`, `n_train`, `n_holdout`, `holdout` and `package` (names of their
@@ -47,7 +50,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         scores of each. An undefined score is None.
 
     Raises:
-        PleatError: the stages before have not run, or the network's weights cannot be had.
+        PleatError: the stages before have not run or do not fit together, or the network's weights cannot be had.
     """
     model = str(read_json(root / "data" / "compare" / "chosen.json")["model"])
     settings, training = params.models[model], params.training[model]
@@ -57,6 +60,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     codes, objective = codes_of(learned, samples), build_objective(training, learned)
     learn, held = (torch.from_numpy(np.flatnonzero(samples["side"] == side)) for side in ("train", "holdout"))
     epochs = _chosen_epochs(model, params.experiment.folds, root)
+    thresholds = [_thresholds(params, model, target, root) if target.multilabel else None for target in learned]
     seed = params.experiment.seed * 1000 + len(params.experiment.folds)  # the folds have those below
 
     torch.manual_seed(seed)
@@ -86,16 +90,20 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
             answered = predict(network, objective, inputs.to(devices[0]), held, training.mirror).cpu()
     network = network.cpu().to(memory_format=torch.contiguous_format)
     rows, parts = samples.iloc[held.numpy()], [part.numpy() for part in objective.split(answered)]
+    judged = [
+        Held(target, part, metrics.answered(part, chosen), chosen)
+        for target, part, chosen in zip(learned, parts, thresholds, strict=True)
+    ]
     about = {"model": model, "epochs": epochs, "n_train": len(learn), "n_holdout": len(held)}
     about["holdout"] = _digest(rows, targets.label_columns(params.targets))
     scored = "no holdout"
     if len(held):
-        scores = [headlines(target.codes(rows), part) for target, part in zip(learned, parts, strict=True)]
-        about |= _numbers(mean_of_targets(scores))
+        scores = [metrics.headlines(one.target.codes(rows), one.probability, one.predicted) for one in judged]
+        about |= _numbers(metrics.mean_of_targets(scores))
         about["targets"] = {target.name: _numbers(one) for target, one in zip(learned, scores, strict=True)}
         over = f" (mean of {len(learned)} targets)" if len(learned) > 1 else ""
         scored = f"weighted F1 {about['f1_weighted']:.4f}{over} on {len(held):,} of the holdout"
-    summary = _write(params, root, network, about, samples, learned, parts, fitted)
+    summary = _write(params, root, network, about, samples, judged, fitted)
     checkpoint.unlink(missing_ok=True)
     say(f"refit {model}: {len(learn):,} samples, {epochs} epochs; {scored}")
     return summary
@@ -106,6 +114,18 @@ def _chosen_epochs(model: str, folds: list[int], root: Path) -> int:
     train = root / "data" / "train" / model
     chosen = [int(read_json(train / f"fold_{fold}" / "metrics.json")["best_epoch"]) for fold in folds]
     return statistics.median_high(chosen)
+
+
+def _thresholds(params: Params, model: str, target: Target, root: Path) -> Floats:
+    """The best threshold of each class of a multilabel target, over the out-of-fold predictions of all folds."""
+    found = out_of_fold.read(params, model, target.name, root)
+    if found.target.classes != target.classes:
+        odd = sorted(set(found.target.classes) ^ set(target.classes)) or ["their order"]
+        raise PleatError(
+            f"Classes of {model} ({target.name}) differ between its folds and data/split/folds.parquet: "
+            f"{', '.join(odd)}. {out_of_fold.MEND}"
+        )
+    return metrics.best_thresholds(found.actual, found.probability)
 
 
 def _digest(rows: pd.DataFrame, labels: list[str]) -> str:
@@ -124,8 +144,7 @@ def _write(
     network: torch.nn.Module,
     about: dict[str, Any],
     samples: pd.DataFrame,
-    learned: Sequence[Target],
-    held: Sequence[np.ndarray],
+    judged: Sequence[Held],
     fitted: Fitted,
 ) -> dict[str, Any]:
     model = about["model"]
@@ -136,21 +155,24 @@ def _write(
         "max_pixels": params.ingest.max_pixels,
         "data_version": data_version(params.experiment.batches, root),
     }
+    several = {one.target.name: one.thresholds.tolist() for one in judged if one.thresholds is not None}
+    if several:
+        travels["thresholds"] = several
     trained_on = samples["sample_id"][samples["side"] == "train"]
     rows = samples[samples["side"] == "holdout"]
-    card = model_card.collect(params, root, about, samples, learned, held, travels["data_version"])
+    card = model_card.collect(params, root, about, samples, judged, travels["data_version"])
     data = root / "data" / "refit"
     with atomic_folder(root / "reports" / "model_card") as reports, atomic_folder(data / "package") as out:
-        answering = package.Answering(whole, learned, params.training[model].mirror)
-        package.write(out, answering, size, travels, _example(samples, learned[0], root))
+        answering = package.Answering(whole, [one.target for one in judged], params.training[model].mirror)
+        package.write(out, answering, size, travels, _example(samples, judged[0].target, root))
         write_text(out / TRAINED_ON, "".join(f"{sample_id}\n" for sample_id in sorted(trained_on)))
         model_card.write(reports, out, card)
         about["package"] = package.digest(out)
     with atomic_folder(data / "holdout") as out:
-        for target, probabilities in zip(learned, held, strict=True):
-            table = answers(rows, ["sample_id", "batch"], target, probabilities)
+        for one in judged:
+            table = answers(rows, ["sample_id", "batch"], one.target, one.probability)
             table.insert(3, "group", rows["group"].to_numpy())
-            write_parquet(out / f"{target.name}.parquet", table)
+            write_parquet(out / f"{one.target.name}.parquet", table)
     history = pd.DataFrame([asdict(epoch) for epoch in fitted.history])
     write_csv(data / "history.csv", history[["epoch", "train_loss", "train_accuracy"]])
     write_json(data / "metrics.json", about)

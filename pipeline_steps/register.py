@@ -17,6 +17,7 @@ from pipeline_steps.progress import say
 from pipeline_steps.versions import LOCAL_STORE, code_version, digest
 
 if TYPE_CHECKING:
+    from pipeline_steps.gate import Verdict
     from pipeline_steps.registry import Registry
 
 CANDIDATE = "candidate"
@@ -156,7 +157,7 @@ def _judge(
             folder = _fetch(registry, champion, Path(scratch)) if champion != version else None
             verdict = judging.verdict(params, root, version, candidate, champion, folder)
             evidence = {**verdict.evidence, "decision": verdict.decision, "basis": basis}
-            waits = verdict.decision == "promoted" and params.promotion.mode == "approve"
+            waits = _waits(params, verdict)
             kind = "approval requested" if waits else verdict.decision
             after = version if kind == "promoted" else champion
             event = registry.record(kind, version, champion, after, verdict.reasons, evidence)
@@ -167,6 +168,13 @@ def _judge(
     judged = {"pleat.verdict": kind, "pleat.judged_against": champion or "none"}
     registry.describe(version, f"{kind.capitalize()}. " + " ".join(verdict.reasons), judged)
     return Outcome(version, registry.champion(), kind, verdict.decision, verdict.reasons, evidence)
+
+
+def _waits(params: Params, verdict: "Verdict") -> bool:
+    """Whether a person is asked: where that is the mode, and always where the champion answers other targets."""
+    if "asked" in (verdict.evidence["champion"] or {}):
+        return verdict.decision == "challenger"
+    return verdict.decision == "promoted" and params.promotion.mode == "approve"
 
 
 def _fetch(registry: "Registry", version: str, scratch: Path) -> Path | None:

@@ -123,8 +123,12 @@ def put_model(
     network: nn.Module,
     trained_on: Sequence[str] = (),
     targets: Sequence[Target] = (LABEL,),
+    threshold: float = 0.5,
 ) -> str:
-    """Makes `network` the refitted model, with three outputs for each target; returns its package's digest."""
+    """Makes `network` the refitted model, with three outputs for each target; returns its package's digest.
+
+    Every class of a multilabel target has the same threshold.
+    """
     folder = root / "data" / "refit" / "package"
     for path in sorted(folder.rglob("*"), reverse=True):
         path.rmdir() if path.is_dir() else path.unlink()
@@ -132,6 +136,7 @@ def put_model(
     about = {
         "model": "cnn_tiny", "max_pixels": 10**7, "data_version": "sample=1.dir",
         "preprocessing": {"resize": 16, "crop": 16, "interpolation": "bilinear"},
+        "thresholds": {target.name: [threshold] * len(CLASSES) for target in targets if target.multilabel},
     }  # fmt: skip
     package.write(folder, package.Answering(network, targets, mirror=False), 16, about, image("red", 1000))
     (folder / TRAINED_ON).write_text("".join(f"{name}\n" for name in trained_on))

@@ -14,12 +14,13 @@ import pandas as pd
 from conftest import draw, encode, load_params, write_batch
 from PIL import Image
 
-from pipeline_steps import ingest, prepare, profile
-from pipeline_steps.files import write_json
+from pipeline_steps import ingest, prepare, profile, targets
+from pipeline_steps.files import write_json, write_parquet
 from pipeline_steps.metrics import HEADLINES, MULTILABEL_SCORES
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
 from pipeline_steps.targets import label_columns
+from pipeline_steps.train import answers
 
 MODEL, BATCH = "chosen", "batch"
 BEST_EPOCHS = [2, 6, 3]  # of the folds; the median is neither the mean nor the last
@@ -121,7 +122,22 @@ def make(root: Path, params: Params, images: Mapping[str, tuple[str, bytes]]) ->
     write_json(root / "data" / "validate" / "counts.json", {"quarantine": QUARANTINED})
     write_json(root / "data" / "compare" / "chosen.json", {"model": MODEL})
     profile.run(params, MODEL, root)
+    write_predictions(root, params)
     return root
+
+
+def write_predictions(root: Path, params: Params) -> None:
+    """Writes out-of-fold predictions of multilabel targets, made up so that each class has another best threshold."""
+    samples = folds(root).reset_index()
+    for target in [target for target in targets.of(params.targets, samples) if target.multilabel]:
+        for fold in params.experiment.folds:
+            rows = samples[samples["fold"] == fold]
+            shift = np.linspace(-1, 1, len(target.classes))
+            shape = (len(rows), len(target.classes))
+            logits = 2 * target.codes(rows) - 1 + shift + np.random.default_rng(fold).normal(0, 1, shape)
+            path = root / "data" / "train" / MODEL / f"fold_{fold}" / "predictions" / f"{target.name}.parquet"
+            probability = (1 / (1 + np.exp(-logits))).astype(np.float32)
+            write_parquet(path, answers(rows, ["sample_id", "fold"], target, probability))
 
 
 def write_folds(root: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:

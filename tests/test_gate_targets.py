@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score, recall_score
 from sklearn.preprocessing import MultiLabelBinarizer
 
 from pipeline_steps.bootstrap import N_RESAMPLES, Answers, Estimate, Holdout, f1_weighted_interval, paired_bootstrap
-from pipeline_steps.gate import Unlike, judge
+from pipeline_steps.gate import Broken, Unlike, judge
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -224,11 +224,16 @@ def test_the_same_answers_in_every_target_gain_nothing() -> None:
 def test_a_champion_that_answers_other_targets_is_not_compared() -> None:
     """However slow: nothing it costs is a limit either, as for a broken one."""
     verdict = judge(SETTINGS, TWO, measured(two(ACTUAL, ACTUAL), version="8", latency_ms=1e6), UNLIKE)
-    assert verdict.decision == "promoted"
-    assert verdict.reasons[0] == (
-        "Champion version 7 answers other targets (label) than are asked for now (colour, tags (multilabel)), so it "
-        "could not be compared with: promotion goes on as for a first model."
+    assert verdict.decision == "challenger"
+    not_compared = (
+        "Champion version 7 answers other targets (label) than are asked for now (colour, tags (multilabel)), so the "
+        "two cannot be compared"
     )
+    assert verdict.reasons[0] == (f"{not_compared}, and only a person can promote it: with `pleat approve 8`.")
+    dry = judge(SETTINGS, TWO, measured(two(ACTUAL, ACTUAL)), UNLIKE)
+    assert dry.reasons[0] == f"{not_compared}, and only a person can promote the candidate."
+    broken = judge(SETTINGS, TWO, Broken("8", "it does not load"), UNLIKE)
+    assert (broken.decision, broken.reasons[1]) == ("rejected", f"{not_compared}.")
     assert "reaches the floors on the holdout (mean of 2 targets)" in verdict.reasons[1]
     assert verdict.evidence["champion"] == {
         "version": "7", "answers": ["label"], "asked": ["colour", "tags (multilabel)"],
@@ -242,6 +247,7 @@ def test_beside_a_champion_of_other_targets_the_floors_hold() -> None:
     verdict = judge(SETTINGS, TWO, measured(two([""] * 320, [""] * 320)), UNLIKE)
     assert verdict.decision == "rejected"
     assert ["floor of 0.5" in verdict.reasons[0], "floor of 0.4" in verdict.reasons[1]] == [True, True]
+    assert not any("pleat approve" in reason for reason in verdict.reasons), "nobody can approve it"
 
 
 def test_a_class_the_champion_never_answers_is_told_by_target() -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from refit_workspace import TAGS, TARGETS, folds, holdout, probabilities, write_folds
-from sklearn.metrics import accuracy_score, average_precision_score, f1_score, roc_auc_score
+from refit_workspace import MODEL, TAGS, TARGETS, folds, holdout, probabilities, write_folds, write_predictions
+from sklearn.metrics import accuracy_score, average_precision_score, f1_score, recall_score, roc_auc_score
 from sklearn.preprocessing import MultiLabelBinarizer
 from targets_model import CLASSES, SETTINGS
 from test_refit import Page
 
 from pipeline_steps import refit
+from pipeline_steps.errors import PleatError
 from pipeline_steps.files import read_json
 
 pytest_plugins = ["targets_model"]
@@ -48,11 +49,34 @@ def test_the_holdout_has_a_table_for_each_target(done: Path) -> None:
     assert np.abs(sums - 1).min() > 0.01, "sigmoids do not sum to 1"
 
 
+def thresholds(done: Path) -> list[float]:
+    """Those that the package serves with."""
+    return read_json(done / "data" / "refit" / "package" / "about.json")["thresholds"]["tags"]
+
+
+def test_thresholds_are_the_best_for_all_out_of_fold_predictions(done: Path) -> None:
+    """Against a search through every value that gives another answer."""
+    tables = [
+        pd.read_parquet(done / "data" / "train" / MODEL / f"fold_{fold}" / "predictions" / "tags.parquet")
+        for fold in range(3)
+    ]
+    table = pd.concat(tables)
+    assert sorted(table["sample_id"]) == sorted(folds(done).query("side == 'train'").index)
+    actual, probability = indicator(table["label"]), probabilities(table).astype(float)
+    for name, column, scores, found in zip(TAGS, actual.T, probability.T, thresholds(done), strict=True):
+        ascending = np.unique(scores)
+        candidates = (ascending + np.concatenate([[0.0], ascending[:-1]])) / 2
+        reached = [f1_score(column, scores >= candidate) for candidate in candidates]
+        assert found == candidates[np.argmax(np.round(reached, 9))], name
+        assert 0.5 < max(reached) < 1
+    assert np.ptp(thresholds(done)) > 0.2, "classes differ"
+
+
 def by_scikit_learn(done: Path, target: str) -> dict[str, float]:
     table, names = holdout(done, target), CLASSES[target]
     probability = probabilities(table)
     if target == "tags":
-        actual, predicted = indicator(table["label"]), (probability >= 0.5).astype(int)
+        actual, predicted = indicator(table["label"]), (probability >= thresholds(done)).astype(int)
     else:
         actual = np.array([names.index(label) for label in table["label"]])
         predicted = probability.argmax(axis=1)
@@ -77,6 +101,9 @@ def test_scores_are_those_of_scikit_learn_and_their_means(done: Path) -> None:
     for name in HEADLINES:
         assert found[name] == pytest.approx(np.mean([scores[name] for scores in expected.values()]))
     assert 0.3 < found["f1_weighted"] < 1, "else the numbers above show little"
+    table = holdout(done, "tags")
+    halves = f1_score(indicator(table["label"]), probabilities(table) >= 0.5, average="weighted")
+    assert halves != pytest.approx(expected["tags"]["f1_weighted"]), "0.5 gives other scores"
     assert (found["n_train"], found["n_holdout"]) == (54, 18)
 
 
@@ -98,15 +125,27 @@ def test_the_holdouts_name_covers_every_label(side: str, column: str, same: bool
     root = Path(shutil.copytree(done, tmp_path / "workspace"))
     others = {"colour": {"red": "blue", "green": "blue", "blue": "red"}, "garment": {"hat": "shoe", "shoe": "hat"}}
     change(root, side, column, others[column])
+    write_predictions(root, SETTINGS)
     found = refit.run(SETTINGS, root)["holdout"]
     assert (found == read_json(done / "data" / "refit" / "metrics.json")["holdout"]) == same
+    if side == "holdout":
+        assert thresholds(root) == thresholds(done), "no label of the holdout takes part"
 
 
 def test_about_names_the_classes_and_thresholds(packaged: Path) -> None:
     about = json.loads((packaged / "about.json").read_text())
     assert about["classes"] == CLASSES
     assert about["multilabel"] == ["tags"]
-    assert about["thresholds"] == {"tags": [0.5] * 5}
+    assert about["thresholds"].keys() == {"tags"}
+    assert len(about["thresholds"]["tags"]) == 5
+
+
+def test_predictions_with_other_classes_are_refused(done: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(done, tmp_path / "workspace"))
+    for path in (root / "data" / "train" / MODEL).rglob("tags.parquet"):
+        pd.read_parquet(path).assign(**{"p:scarf": np.float32(0.1)}).to_parquet(path)
+    with pytest.raises(PleatError, match=r"Classes of chosen \(tags\) differ .*: scarf\. .*run `dvc repro`"):
+        refit.run(SETTINGS, root)
 
 
 def sections(source: str, mark: Callable[[str], str]) -> dict[str, str]:
@@ -141,11 +180,14 @@ def test_the_card_has_a_section_for_each_target(done: Path) -> None:
         assert ("data:image/png" in parts[target]) == (target != "tags")
     table = holdout(done, "tags")
     areas = average_precision_score(indicator(table["label"]), probabilities(table), average=None)
-    assert [cells[-1] for cells in tags_of(done).values()] == [f"{area:.3f}" for area in areas]
+    assert [cells[-2] for cells in tags_of(done).values()] == [f"{area:.3f}" for area in areas]
+    assert [cells[-1] for cells in tags_of(done).values()] == [f"{limit:.3f}" for limit in thresholds(done)]
+    recalls = recall_score(indicator(table["label"]), probabilities(table) >= thresholds(done), average=None)
+    assert [cells[3] for cells in tags_of(done).values()] == [f"{recall:.3f}" for recall in recalls]
     assert [cells[:2] for cells in tags_of(done).values()] == [
         [str(count(done, "train", name)), str(count(done, "holdout", name))] for name in TAGS
     ]
-    assert "An image gets every label of tags whose probability reaches 0.5" in page.text
+    assert "An image gets every label of tags whose probability reaches the label's threshold" in page.text
     assert "Every image gets one class of garment, colour, also one that shows none of them" in page.text
     assert "colour red (18)" in page.text, "few images to learn from"
 

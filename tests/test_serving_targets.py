@@ -115,7 +115,8 @@ def test_in_a_fresh_process_the_answers_are_the_same(
         rows = model.answers(paths, top_k=9)
     for target in TARGETS:
         assert np.abs(served(rows, target) - probabilities(holdout(done, target))).max() <= CLOSE
-    expected = [reaching(row, TAGS, [0.5] * 5) for row in probabilities(holdout(done, "tags"))]
+    limits = read_json(done / "data" / "refit" / "package" / "about.json")["thresholds"]["tags"]
+    expected = [reaching(row, TAGS, limits) for row in probabilities(holdout(done, "tags"))]
     assert [row["tags"] for row in rows] == expected
 
 
@@ -152,8 +153,9 @@ def test_predict_writes_a_column_for_each_target_with_lists_as_lists(
     assert {name for name, cell in bad.items() if cell is not None} == {"path", "error", "model_version"}
     for target in TARGETS:
         assert np.abs(served(good, target) - probabilities(holdout(done, target))).max() <= CLOSE
+    limits = read_json(done / "data" / "refit" / "package" / "about.json")["thresholds"]["tags"]
     for row, values in zip(good, probabilities(holdout(done, "tags")), strict=True):
-        assert row["tags"] == reaching(values, TAGS, [0.5] * 5)
+        assert row["tags"] == reaching(values, TAGS, limits)
         assert len(row["tags_probability"]) == len(row["tags"])
 
 
