@@ -247,6 +247,11 @@ def _ingest(arguments: argparse.Namespace) -> None:
         from pipeline_steps.vision.weights import check_weights
 
         check_weights(model.backbone, Path(model.weights) if model.weights else None)  # before any long work
+    for name in loaded.experiment.models:
+        if loaded.training[name].optimizer != "adamw":
+            from pipeline_steps.vision.optimizer import check_optimizer
+
+            check_optimizer(loaded.training[name].optimizer)
     ingest.run(loaded, arguments.batch)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 from ruamel.yaml.error import YAMLError
@@ -12,6 +13,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline_steps import params
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import write_text
+from pipeline_steps.params import Params
 from pipeline_steps.progress import say
 from pipeline_steps.yaml_text import round_trip, text_of, unshared
 
@@ -23,7 +25,8 @@ def use(recipe: str, overrides: list[str], root: Path = Path()) -> None:
 
     Args:
         recipe: the name of a file in recipes/, without its suffix.
-        overrides: `KEY=VALUE` each, where KEY is a dotted key of the recipe and VALUE is YAML.
+        overrides: `KEY=VALUE` each, where KEY is a dotted key of the recipe, or one that it may leave out, and VALUE is
+            YAML.
         root: the project's folder.
 
     Raises:
@@ -31,12 +34,12 @@ def use(recipe: str, overrides: list[str], root: Path = Path()) -> None:
     """
     path = _find(recipe, root)
     text = path.read_text(encoding="utf-8")
-    params.load(path)
+    optional = list(_optional(params.load(path)))
     document = round_trip().load(text)
     if overrides:
         _unshare(document, set())
     for override in overrides:
-        _override(document, override, recipe, root)
+        _override(document, override, optional, recipe, root)
     if _list_folds(document) or overrides:
         text = text_of(document)
     where = f"{path} with --set {' '.join(overrides)}" if overrides else str(path)
@@ -80,14 +83,18 @@ def _warn_if_absent(batch: str, root: Path) -> None:
     say(f"Note: {folder} does not exist yet; {remedy}.")
 
 
-def _override(document: CommentedMap, override: str, recipe: str, root: Path) -> None:
+def _override(document: CommentedMap, override: str, optional: list[tuple[str, ...]], recipe: str, root: Path) -> None:
     key, equals, given = override.partition("=")
     key = key.strip()
     if not equals:
         raise PleatError(f"Expected --set KEY=VALUE, but got '{override}'.")
     places = {".".join(map(str, keys)): (node, keys[-1]) for node, keys in _keys(document)}
+    left_out = {".".join(keys): keys for keys in optional}
+    if key not in places and key in left_out:
+        places[key] = _made(document, left_out[key]), left_out[key][-1]
     if key not in places:
-        near = [name for name in places if name.endswith(f".{key}")] or difflib.get_close_matches(key, places)
+        known = [*places, *left_out]
+        near = [name for name in known if name.endswith(f".{key}")] or difflib.get_close_matches(key, known)
         hint = f"the nearest are {' or '.join(near)}" if near else f"its blocks are {', '.join(document)}"
         raise PleatError(f"The recipe '{recipe}' has no key `{key}`; {hint}.")
     node, name = places[key]
@@ -99,7 +106,37 @@ def _override(document: CommentedMap, override: str, recipe: str, root: Path) ->
         value = _weights(key, value if isinstance(value, str) else given, root)
     if isinstance(value, CommentedMap):
         value.fa.set_flow_style()  # on one line, as it was given
-    node[name] = value
+    if isinstance(node, CommentedMap) and name not in node:
+        node.insert(max(len(node) - 1, 0), name, value)  # the blank line after the block belongs to its last key
+    else:
+        node[name] = value
+
+
+def _made(document: CommentedMap, keys: tuple[str, ...]) -> CommentedMap:
+    """The block that holds the last of `keys`, put in where it was left out."""
+    node = document
+    for key in keys[:-1]:
+        if key not in node:
+            node.insert(max(len(node) - 1, 0), key, CommentedMap())
+            node[key].fa.set_flow_style()
+        node = node[key]
+    return node
+
+
+def _optional(settings: Params) -> Iterator[tuple[str, ...]]:
+    """Yields every key that may be left out of a model's settings."""
+    for block, models in (("models", settings.models), ("training", settings.training)):
+        for name, model in models.items():
+            yield from ((block, name, *keys) for keys in _defaults(model))
+
+
+def _defaults(block: BaseModel) -> Iterator[tuple[str, ...]]:
+    for name, field in type(block).model_fields.items():
+        if not field.is_required():
+            yield (name,)
+        value = getattr(block, name)
+        if isinstance(value, BaseModel):
+            yield from ((name, *keys) for keys in _defaults(value))
 
 
 def _weights(key: str, given: str, root: Path) -> str:

@@ -108,6 +108,28 @@ def test_overrides_of_every_kind_keep_comments(root: Path) -> None:
     assert pyyaml.safe_load(text) == read(root), "a reader of YAML 1.1 takes 1e-05 for text"
 
 
+def test_keys_that_a_recipe_leaves_out_can_be_set(root: Path) -> None:
+    overrides = [
+        "training.cnn_small.augment.min_crop=0.5",
+        "training.cnn_small.augment.mixup=0.00001",
+        "training.cnn_tiny.decay={kind: step, every_epochs: 2, rate: 0.8}",
+        "models.cnn_tiny.batch_norm=false",
+    ]
+    recipes.use("sample", overrides, root)
+    loaded, text = params.load(root / "params.yaml"), (root / "params.yaml").read_text()
+    assert (loaded.training["cnn_small"].augment.min_crop, loaded.training["cnn_small"].augment.mixup) == (0.5, 1e-5)
+    assert loaded.training["cnn_tiny"].decay.kind == "step"
+    assert not loaded.models["cnn_tiny"].batch_norm
+    before = (RECIPES / "sample.yaml").read_text()
+    added = [line[2:] for line in difflib.ndiff(before.splitlines(), text.splitlines()) if line[:1] in "+-"]
+    assert added == [
+        "    batch_norm: false",
+        "    augment: {mixup: 1.0e-05, min_crop: 0.5}",
+        "    decay: {kind: step, every_epochs: 2, rate: 0.8}",
+    ], "one line for each block, and no other line has changed"
+    assert pyyaml.safe_load(text) == read(root)
+
+
 def test_a_value_shared_by_alias_or_merge_changes_only_where_asked(root: Path) -> None:
     recipes.use(
         "shared",
@@ -136,6 +158,9 @@ def test_a_number_of_folds_becomes_the_list_that_the_matrix_needs(root: Path) ->
     ("override", "sentences"),
     [
         ("experiment.seed", ["Expected --set KEY=VALUE, but got 'experiment.seed'"]),
+        ("training.mobilenetv2_100.optimiser=sgd", ["the nearest are training.mobilenetv2_100.optimizer"]),
+        ("training.mobilenetv2_100.augment.crop=0.5", ["has no key `training.mobilenetv2_100.augment.crop`"]),
+        ("training.mobilenetv2_100.augment.min_crop=0.5", ["augment` changes pixels, but", "is frozen"]),
         ("experiment.sed=1", ["has no key `experiment.sed`", "the nearest are experiment.seed"]),
         ("min_side_px=1", ["has no key `min_side_px`", "ingest.min_side_px"]),
         ("zzz=1", ["has no key `zzz`; its blocks are experiment, targets, ingest, labels"]),
