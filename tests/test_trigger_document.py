@@ -282,7 +282,8 @@ def test_the_form_does_what_pleat_use_does(recipe: str, conf: dict, assignments:
         ),
         (
             {"recipe": "x"},
-            "`recipe` names 'x'; there are params.yaml, apparel, attributes, clothing, clothing_light, clothing_top10, dogs, sample.",
+            "`recipe` names 'x'; there are params.yaml, apparel, attributes, clothing, clothing_light, clothing_top10, "
+            "dogs, sample.",
         ),
         ({"batches": ["x"]}, "`batches` names 'x'; there are clothing, sample."),
         ({"models": "cnn_tiny"}, "`models` must be a list, but got 'cnn_tiny'."),
