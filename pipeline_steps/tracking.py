@@ -225,11 +225,14 @@ class Tracker:
 
     def _fold_key(self, model: str, fold: int) -> str:
         """The key that training wrote, which goes with the results to where the inputs are not; else made from them."""
-        trained = self.root / "data" / "train" / model / f"fold_{fold}" / "metrics.json"
+        data, batches = self.root / "data", self.params.experiment.batches
+        trained = data / "train" / model / f"fold_{fold}" / "metrics.json"
         if trained.exists():
             return str(read_json(trained)["key"])
         evaluated = self.root / "reports" / "models" / model / "keys.json"
-        if evaluated.exists():
+        inputs = [data / "prepare" / model / batch / "inputs.json" for batch in batches]
+        # Where the inputs are, an evaluation may be of an earlier training of a model of this name.
+        if evaluated.exists() and not all(path.exists() for path in inputs):
             return str(read_json(evaluated)[str(fold)])
         return fold_key(self.params, model, fold, self.root)
 
