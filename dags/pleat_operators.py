@@ -195,7 +195,8 @@ class ScoreOperator(StepOperator):
         self.step(context, {"do": "score", "conf": dict(context["params"])})
 
 
-DATA = Asset(name="pleat_data", uri="pleat://data")  # its events carry the data version
+# Its events carry the data version. For a scheme without "x-" Airflow would import every provider that knows one.
+DATA = Asset(name="pleat_data", uri="x-pleat://data")
 RETRIES = {
     "owner": "pleat",
     "retries": 4,  # for what may pass: a killed process, a full disk, a remote that is away

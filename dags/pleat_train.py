@@ -57,7 +57,6 @@ with DAG(
     schedule=AssetOrTimeSchedule(timetable=CronTriggerTimetable(WEEKLY, timezone="UTC"), assets=[DATA]),
     catchup=False,
     max_active_runs=4,
-    params={name: Param(**field) for name, field in trigger_form.fields(ROOT).items()},
     default_args=RETRIES,
     tags=["pleat"],
 ) as dag:
@@ -106,3 +105,5 @@ with DAG(
         doc_md="Carries out the answer.",
     )
     needs_approval(tasks["register"].output) >> approve >> decide
+    # Last, else every task above would carry a copy, which Airflow checks whenever it reads this file.
+    dag.params = {name: Param(**field) for name, field in trigger_form.fields(ROOT).items()}  # type: ignore[assignment]

@@ -106,7 +106,7 @@ def _stage(name: str, entry: Mapping[str, Any], params: Mapping[str, Any]) -> St
 
 def _paths(entries: list[Any], scope: Mapping[str, Any], stage: str) -> list[str]:
     paths = (next(iter(entry)) if isinstance(entry, Mapping) else entry for entry in entries)
-    return [str(_resolved(path, scope, stage)) for path in paths]
+    return [str(PurePosixPath(str(_resolved(path, scope, stage)))) for path in paths]
 
 
 def _resolved(value: Any, scope: Mapping[str, Any], stage: str) -> Any:
@@ -133,5 +133,4 @@ def _feeds(source: Instance, target: Instance) -> bool:
 
 
 def _overlap(one: str, other: str) -> bool:
-    first, second = PurePosixPath(one), PurePosixPath(other)
-    return first.is_relative_to(second) or second.is_relative_to(first)
+    return f"{one}/".startswith(f"{other}/") or f"{other}/".startswith(f"{one}/")

@@ -11,18 +11,20 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from urllib.parse import quote
 
 from ruamel.yaml import YAML
 
-from pipeline_steps import definition, new_data, trigger_form, workspaces
+from pipeline_steps import definition, workspaces
 from pipeline_steps.errors import FAILURE_FILE, PleatError
 from pipeline_steps.guard import end_with_guard
 from pipeline_steps.progress import say
 from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_version, data_version_of_files
 from pipeline_steps.yaml_text import text_of, unshared
 
+FROM_ELSEWHERE = Path(".pleat") / "from-elsewhere"  # in a workspace that stages of other workers had a part in
 TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser its pages for language models
 
 
@@ -31,17 +33,23 @@ def main() -> None:
     end_with_guard()
     gc.set_threshold(50_000, 20, 100)  # as `pleat` does
     order = json.load(sys.stdin)
-    steps: dict[str, Callable[..., dict[str, Any]]] = {
-        "setup": set_up, "stage": run_stage, "decide": decide,
-        "look": new_data.look, "acknowledge": new_data.acknowledge, "score": new_data.score,
-    }  # fmt: skip
+    steps: dict[str, Callable[..., dict[str, Any]]] = {"setup": set_up, "stage": run_stage, "decide": decide}
     result: dict[str, Any]
     try:
-        result = {"done": steps[order.pop("do")](**order)}
+        name = order.pop("do")
+        step = steps[name] if name in steps else getattr(_new_data(), name)
+        result = {"done": step(**order)}
     except PleatError as error:
         result = {"failed": str(error), "retry": error.temporary}
     Path(sys.argv[1]).write_text(json.dumps(result), encoding="utf-8")
     gc.freeze()
+
+
+def _new_data() -> ModuleType:
+    """Late, as whatever reads params.yaml: these imports are a fifth of what a stage from DVC's cache takes."""
+    from pipeline_steps import new_data
+
+    return new_data
 
 
 def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand: bool) -> dict[str, Any]:
@@ -58,6 +66,8 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand
     Raises:
         PleatError: a setting is wrong or a batch is missing.
     """
+    from pipeline_steps import trigger_form
+
     project = Path(root)
     use_mlflow_of(project)
     text = trigger_form.document(project, conf if by_hand else {})
@@ -181,9 +191,11 @@ def _waiting(workspace: Path) -> dict[str, str] | None:
 def _bring_up_to_date(
     workspace: Path, stages: Mapping[str, definition.Stage], address: str, locks: Mapping[str, Any]
 ) -> None:
-    _add_locks(workspace, locks)
-    before = _inputs(workspace, stages, address)
     remote = os.environ.get("PLEAT_STAGE_REMOTE")
+    _add_locks(workspace, locks)
+    before = _batches(workspace, stages, address)
+    if remote or (workspace / FROM_ELSEWHERE).exists():  # else every stage before has left its outputs here
+        before += definition.predecessors(stages, address)
     if before:
         fetch = ["pull", "--remote", remote] if remote else ["checkout"]
         _dvc(*fetch, "--force", *before)
@@ -221,13 +233,12 @@ def _status(*arguments: str) -> int:
     return int(dvc(["--wait-for-lock", *arguments]))
 
 
-def _inputs(workspace: Path, stages: Mapping[str, definition.Stage], address: str) -> list[str]:
-    """What DVC can put in place of the stage's inputs: the outputs of the stages before, and tracked batches."""
-    deps = next(
-        instance.deps for stage in stages.values() for instance in stage.instances if instance.address == address
-    )
+def _batches(workspace: Path, stages: Mapping[str, definition.Stage], address: str) -> list[str]:
+    """The tracked batches that a stage reads, by their .dvc files."""
+    every = (instance for stage in stages.values() for instance in stage.instances)
+    deps = next(instance.deps for instance in every if instance.address == address)
     tracked = [f"{dep}.dvc" for dep in deps if dep.startswith(workspaces.RAW)]
-    return definition.predecessors(stages, address) + [name for name in tracked if (workspace / name).is_file()]
+    return [name for name in tracked if (workspace / name).is_file()]
 
 
 def _lock(workspace: Path) -> dict[str, Any]:
@@ -242,6 +253,7 @@ def _add_locks(workspace: Path, locks: Mapping[str, Any]) -> None:
         return
     from dvc.repo import Repo
 
+    (workspace / FROM_ELSEWHERE).touch()
     with Repo(str(workspace), _wait_for_lock=True) as repo, repo.lock:
         document = {"schema": "2.0", "stages": _lock(workspace) | dict(locks)}
         partial = workspace / f".partial-{os.getpid()}-dvc.lock"

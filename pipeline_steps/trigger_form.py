@@ -5,6 +5,8 @@ value is right or wrong by what stands in another field.
 """
 
 import difflib
+import json
+import re
 import reprlib
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,6 +28,7 @@ AS_IN_RECIPE = "as in the recipe"
 FEWEST_FOLDS, MOST_FOLDS = 2, 100
 LARGEST_INTEGER = 2**53 - 1  # the browser sends a larger one rounded
 # Python reads NaN and Infinity in JSON, and NaN passes every `minimum`, but nothing that is forbidden to be compared.
+BY_MODEL = ("models", "training")  # blocks of params.yaml with a part for each model
 FINITE = {"not": {"exclusiveMinimum": sys.float_info.max}}
 
 Key = tuple[str, ...]
@@ -203,11 +206,29 @@ def _form(root: Path, recipes: Mapping[str, Params]) -> dict[str, dict[str, Any]
             "title": "Single settings",
             "description_md": _help(keys),
             "type": ["object", "null"],  # null: the editor was emptied
-            "properties": {".".join(key): schema for key, schema in keys.items()},
+            **_rules(keys),
             # Airflow shows a refused value with the schema that refused it; `False` would show all of the keys'.
             "additionalProperties": {"not": {"description": "any value: there is no such key"}},
         },
     }
+
+
+def _rules(keys: Mapping[Key, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Keywords of a JSON schema that say what each key takes; what several models share is said once.
+
+    Airflow checks the schema itself whenever it reads the DAG and at the start of every task, so its size counts.
+    """
+    properties = {".".join(key): schema for key, schema in keys.items() if key[0] not in BY_MODEL}
+    shared: dict[tuple[str, str, str], list[str]] = {}  # models by block, setting and what it takes
+    for key, schema in keys.items():
+        if key[0] in BY_MODEL:
+            block, model, *setting = key
+            shared.setdefault((block, ".".join(setting), json.dumps(schema)), []).append(model)
+    patterns = {
+        rf"^{block}\.({'|'.join(map(re.escape, models))})\.{re.escape(setting)}$": json.loads(schema)
+        for (block, setting, schema), models in shared.items()
+    }
+    return {"properties": properties, "patternProperties": patterns}
 
 
 def _help(keys: Iterable[Key]) -> str:
@@ -217,7 +238,7 @@ def _help(keys: Iterable[Key]) -> str:
     """
     models_with: dict[Key, list[str]] = {}
     for block, *below in keys:
-        models = [below[0]] if block in ("models", "training") else []
+        models = [below[0]] if block in BY_MODEL else []
         pattern = (f"{block}.MODEL.", ".".join(below[1:])) if models else ("", ".".join((block, *below)))
         models_with.setdefault(pattern, []).extend(models)
     names_of: dict[Key, list[str]] = {}
@@ -316,7 +337,7 @@ def _override(settings: Any, overrides: Any, keys: Mapping[Key, Any]) -> None:
         block = settings
         for depth, part in enumerate(above):
             # A model that this run does not know changes nothing; a block that may be left out is put in.
-            a_model = depth == 1 and above[0] in ("models", "training")
+            a_model = depth == 1 and above[0] in BY_MODEL
             block = block.get(part, {}) if a_model else block.setdefault(part, {})
         block[last] = _whole(value) if keys[by_name[name]].get("type") == "integer" else value
 

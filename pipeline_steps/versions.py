@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from pipeline_steps.errors import PleatError
-from pipeline_steps.params import Params
+
+if TYPE_CHECKING:  # what only runs DVC is quicker without pydantic
+    from pipeline_steps.params import Params
 
 EXPERIMENT = "pleat"  # in MLflow
 LOCAL_STORE = "sqlite:///mlflow.db"  # where MLFLOW_TRACKING_URI is not set
@@ -77,7 +79,7 @@ def code_version(root: Path = Path()) -> str:
     return done.stdout.strip() or "no git"
 
 
-def fold_key(params: Params, model: str, fold: int, root: Path = Path()) -> str:
+def fold_key(params: "Params", model: str, fold: int, root: Path = Path()) -> str:
     """Names everything that a fold's result depends on: settings, code, folds and prepared inputs.
 
     Needs the inputs of the fold's training; a trained fold carries its key with it, in metrics.json.

@@ -203,7 +203,8 @@ def _supervisor(process: psutil.Process) -> psutil.Process:
 
 
 def test_a_task_marked_failed_or_cleared_ends_its_processes_and_can_run_again(served: Served) -> None:
-    conf = {**LONG, "overrides": {**LONG["overrides"], "experiment.seed": 5}}  # type: ignore[dict-item]
+    # So long that no fold ends by itself while Airflow is asked.
+    conf = {**LONG, "epochs": 1000, "overrides": {"experiment.seed": 5, "training.cnn_tiny.patience": 1000}}
     started = served.airflow.trigger(conf)
     served.airflow.until(lambda: served.airflow.task(started, "setup")["state"] == "success", 120, "the workspace")
     workspace = served.workspace(started)
@@ -214,8 +215,18 @@ def test_a_task_marked_failed_or_cleared_ends_its_processes_and_can_run_again(se
     assert all(map(alive, cleared))  # the other fold trains on
     served.airflow.clear(started, "train", include_downstream=True)
     served.airflow.until(lambda: not any(map(alive, cleared)), WITHIN_S, "the cleared task to end")
+    again = []
     for fold in range(2):
-        trained = partial(lambda fold: served.airflow.task(started, "train", fold)["state"] == "success", fold)
-        served.airflow.until(trained, 300, f"fold {fold}")
-        assert "going on after epoch" in served.airflow.log(started, "train", fold, 2)
-    served.airflow.end(started)  # what follows is tested elsewhere
+        served.airflow.until(partial(training, workspace, fold), 180, f"fold {fold} to train again")
+        resumed = partial(_says, served, started, fold, f"fold {fold}: going on after epoch ")
+        served.airflow.until(resumed, 180, f"fold {fold} to go on")
+        again += training(workspace, fold)
+    served.airflow.end(started)  # what follows a fold is tested elsewhere
+    served.airflow.until(lambda: not any(map(alive, again)), WITHIN_S, "the tasks of the ended run to end")
+
+
+def _says(served: Served, run: str, fold: int, words: str) -> bool:
+    """Whether the second attempt of a fold has written these words to its log."""
+    return served.airflow.task(run, "train", fold)["try_number"] == 2 and words in served.airflow.log(
+        run, "train", fold, 2
+    )

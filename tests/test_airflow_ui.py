@@ -16,6 +16,7 @@ import pytest
 from airflow_served import Served
 from conftest import REPOSITORY
 from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
+from trigger_projects import override_keys
 
 from pipeline_steps import trigger_form
 
@@ -185,7 +186,7 @@ def test_the_form_has_every_field_with_its_title_and_help(page: Page, served: Se
             help_text = field(form, name).get_by_text(definition["description"], exact=True)
             assert help_text.evaluate("e => e.scrollWidth <= e.clientWidth && e.scrollHeight <= e.clientHeight")
     settings = field(form, "overrides").inner_text()
-    assert all(key.rpartition(".")[2] in settings for key in fields["overrides"]["properties"])
+    assert all(key.rpartition(".")[2] in settings for key in override_keys(fields))
     field(form, "models").get_by_role("combobox").click()
     expect(form.get_by_role("option")).to_have_text(fields["models"]["examples"])
     expect(field(form, "batches")).to_contain_text("sample")

@@ -13,8 +13,20 @@ from conftest import REPOSITORY, content
 from dvc.repo import Repo
 from workspace import check, copy_checkout, environment, use_quick
 
+from pipeline_steps import trigger_form
+
 DECISION = ("needs_approval", "approve", "decide")  # what a person is asked after the pipeline's last stage
-HEAVY = ("torch", "mlflow", "great_expectations", "dvc", "pandas", "sklearn", "timm")
+HEAVY = (
+    "torch",
+    "mlflow",
+    "great_expectations",
+    "dvc",
+    "pandas",
+    "sklearn",
+    "timm",
+    "boto3",
+    "airflow.providers.amazon.aws",
+)
 
 
 def python(folder: Path, code: str, **more: str) -> str:
@@ -61,6 +73,22 @@ def test_importing_a_dag_takes_less_than_a_second_and_pulls_in_nothing_heavy(hom
         seconds, *heavy = python(REPOSITORY, code, AIRFLOW_HOME=str(home)).split()
         assert float(seconds) < 1  # of the processor, so that it does not matter what else the machine does
         assert heavy == []
+
+
+def test_the_form_is_told_once(home: Path) -> None:
+    """Airflow checks and stores every copy: tasks that carry one make each reading of the file take four seconds."""
+    code = """
+        import json
+        from pleat_train import dag
+        from airflow.serialization.serialized_objects import DagSerialization
+        text = json.dumps(DagSerialization.to_dict(dag))
+        shown = list(dag.params), text.count('"uniqueItems"'), text.count("patternProperties")
+        print(json.dumps([*shown, {t.task_id: list(t.params) for t in dag.tasks if t.params}]))
+    """
+    fields, lists, patterns, of_tasks = json.loads(python(REPOSITORY, code, AIRFLOW_HOME=str(home)))
+    assert fields == list(trigger_form.fields(REPOSITORY))
+    assert (lists, patterns) == (2, 1)
+    assert of_tasks == {"approve": ["comment"]}
 
 
 def test_dags_use_airflows_task_sdk_alone() -> None:

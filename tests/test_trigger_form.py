@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from conftest import REPOSITORY
 from jsonschema import Draft202012Validator
-from trigger_projects import refusal, refused, schema, settings_of
+from trigger_projects import override_keys, refusal, refused, schema, settings_of
 
 from pipeline_steps import trigger_form
 
@@ -85,7 +85,7 @@ def test_the_fields_of_this_checkout(project: Path) -> None:
     assert form["recipe"]["enum"] == ["params.yaml", *RECIPES]
     assert form["models"]["examples"] == form["models"]["items"]["enum"] == models
     assert form["batches"]["examples"] == form["batches"]["items"]["enum"] == ["clothing", "sample"]
-    assert set(form["overrides"]["properties"]) == {
+    assert set(override_keys(form)) == {
         *SHARED_KEYS,
         *(f"training.{model}.{key}" for model in models for key in TRAINING_KEYS),
         *(f"training.{model}.{key}" for model in (*CNNS, *FINETUNED, *SCRATCH) for key in AUGMENT_KEYS),
@@ -180,7 +180,7 @@ def test_what_two_recipes_mean_by_one_name_is_changed_only_as_far_as_both_allow(
     form = trigger_form.fields(tangled)
     assert form["models"]["examples"] == ["on", "net.v2", "half"]
     assert form["batches"]["examples"] == ["new", "there"]
-    keys = form["overrides"]["properties"]
+    keys = override_keys(form)
     assert {key: value["minimum"] for key, value in keys.items() if "input_size" in key} == {
         "models.on.input_size": 9,  # pools of 3 · 3 in the other file, 2 here
         "models.half.input_size": 16,  # 4 · 4 here, though nothing trains it here

@@ -7,7 +7,7 @@ from typing import Any
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trigger_projects import Form, read, refusal, yaml_1_1
+from trigger_projects import Form, override_keys, read, refusal, yaml_1_1
 
 from pipeline_steps import params, trigger_form
 from pipeline_steps.errors import PleatError
@@ -73,8 +73,9 @@ def fitting(rule: Mapping[str, Any]) -> st.SearchStrategy[Any]:
     elif "array" in kinds:
         values = st.lists(fitting(rule["items"]), min_size=rule.get("minItems", 0), unique=True)
     else:
-        keys = st.lists(st.sampled_from(sorted(rule["properties"])), unique=True, max_size=8)
-        values = keys.flatmap(lambda chosen: st.fixed_dictionaries({k: fitting(rule["properties"][k]) for k in chosen}))
+        known = override_keys({"overrides": rule})
+        keys = st.lists(st.sampled_from(sorted(known)), unique=True, max_size=8)
+        values = keys.flatmap(lambda chosen: st.fixed_dictionaries({k: fitting(known[k]) for k in chosen}))
     return values | st.none() if "null" in kinds else values
 
 
@@ -96,7 +97,7 @@ def test_whatever_the_schemas_accept_gives_a_valid_params_yaml(either: Path, for
 @given(data=st.data())
 @settings(max_examples=50, deadline=None)
 def test_values_from_anywhere_are_used_or_refused_in_a_sentence(either: Path, form: Form, data: st.DataObject) -> None:
-    known = form["overrides"]["properties"]
+    known = override_keys(form)
     wild = {
         name: ANYTHING | st.lists(st.sampled_from(field.get("examples", form["recipe"]["enum"])), max_size=3)
         for name, field in form.items()

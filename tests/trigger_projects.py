@@ -1,5 +1,6 @@
 """Projects for the tests of the trigger form, and how a form and a run's params.yaml are read."""
 
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -148,3 +149,17 @@ def either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="module")
 def form(either: Path) -> Form:
     return trigger_form.fields(either)
+
+
+def override_keys(form: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every key that the form's field `overrides` names, with the schema of its values; patterns are spelled out."""
+    rules = form["overrides"]
+    keys = dict(rules["properties"])
+    for pattern, schema in rules["patternProperties"].items():
+        block, models, setting = re.fullmatch(r"\^(\w+)\\\.\((.+)\)\\\.(.+)\$", pattern).groups()
+        for model in models.split("|"):
+            key = re.sub(r"\\(.)", r"\1", f"{block}.{model}.{setting}")
+            assert key not in keys
+            assert [other for other in rules["patternProperties"] if re.search(other, key)] == [pattern]
+            keys[key] = schema
+    return keys
