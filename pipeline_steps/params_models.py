@@ -152,12 +152,14 @@ class FrozenModel(Strict):
     """A timm network that is never updated, with a head trained on what it gives.
 
     Attributes:
+        input_size: pixels a side; null: timm's own for this network.
         head_on: pooled features, or the logits of the classes that the network was pre-trained on.
     """
 
     kind: Literal["frozen"]
     backbone: str
     weights: str | None
+    input_size: InputSize | None = None
     head_on: HeadOn = "pooled"
 
 

@@ -66,7 +66,7 @@ def _features(
     from pipeline_steps.vision.lease import lease
 
     weights = root / settings.weights if settings.weights else None
-    backbone, preprocessing = load_backbone(settings.backbone, weights, settings.head_on)
+    backbone, preprocessing = load_backbone(settings.backbone, weights, settings.head_on, settings.input_size)
     about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
     leased.enter_context(lease(purpose))  # until all rows are written; a leased GPU is torch's current device
     return extract(backbone, preprocessing, images), about

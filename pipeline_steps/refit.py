@@ -192,7 +192,7 @@ def _whole(settings: Model, network: torch.nn.Module, root: Path) -> tuple[torch
     from pipeline_steps.vision.backbones import load_backbone
 
     weights = root / settings.weights if settings.weights else None
-    backbone, seen = load_backbone(settings.backbone, weights, settings.head_on)
+    backbone, seen = load_backbone(settings.backbone, weights, settings.head_on, settings.input_size)
     whole = torch.nn.Sequential()
     whole.add_module("backbone", backbone)
     whole.add_module("head", network)

@@ -53,8 +53,13 @@ def weights_file(real_data: Path) -> Path:
     return real_data / "weights" / "mobilenetv2_100.safetensors"
 
 
-def test_features_are_those_of_timm_for_both_views(ingested: Path, weights_file: Path) -> None:
-    prepare.run(load_params(frozen(weights_file)), "cnn_small", "batch", ingested)
+@pytest.mark.parametrize(("input_size", "resize", "crop"), [(None, 256, 224), (96, 109, 96)])
+def test_features_are_those_of_timm_for_both_views(
+    input_size: int | None, resize: int, crop: int, ingested: Path, weights_file: Path
+) -> None:
+    wanted = frozen(weights_file)
+    wanted["models.cnn_small"]["input_size"] = input_size
+    prepare.run(load_params(wanted), "cnn_small", "batch", ingested)
     folder = ingested / "data/prepare/cnn_small/batch"
     features = np.load(folder / "inputs.npy")
     rows = packed(ingested)
@@ -67,7 +72,7 @@ def test_features_are_those_of_timm_for_both_views(ingested: Path, weights_file:
     network.load_state_dict(state)
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     for row, (encoded, plain) in enumerate(zip(rows["bytes"], rows["plain_jpeg"], strict=True)):
-        pixels = resize_crop(decode(encoded, plain), 256, 224, "bicubic").float() / 255
+        pixels = resize_crop(decode(encoded, plain), resize, crop, "bicubic").float() / 255
         normal = (pixels - mean.view(3, 1, 1)) / std.view(3, 1, 1)
         with torch.inference_mode():
             expected = network(torch.stack([normal, normal.flip(2)]))
