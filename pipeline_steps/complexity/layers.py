@@ -32,13 +32,13 @@ def table(trace: Trace) -> pd.DataFrame:
         receptive_field_px, jump_px: longer side of the region of the image that a position depends on, and distance
             between the regions of neighbours; empty where there is none.
         whole_image: why the layer sees the whole image; empty: it does not.
-        macs_torch: by torch's FlopCounterMode.
+        macs_torch: by the formulas of torch's FlopCounterMode.
         not_counted: operations whose cost is not known.
     """
     by_name: dict[str, list[Layer]] = {}
     for layer in trace.layers:
         by_name.setdefault(layer.name, []).append(layer)
-    rows = [_row(calls, trace.torch_macs.get(name, 0)) for name, calls in by_name.items()]
+    rows = [_row(calls) for calls in by_name.values()]
     frame = pd.DataFrame(rows)
     frame.insert(list(frame.columns).index("macs") + 1, "flops", 2 * frame["macs"])
     frame["bytes_moved"] = frame["weight_bytes"] + frame["value_bytes"]
@@ -49,7 +49,7 @@ def table(trace: Trace) -> pd.DataFrame:
     return frame[[*(name for name in frame.columns if name not in last), *last]].astype(integers)
 
 
-def _row(calls: list[Layer], torch_macs: int) -> dict[str, Any]:
+def _row(calls: list[Layer]) -> dict[str, Any]:
     first = calls[0]
     module = first.module
     row: dict[str, Any] = {
@@ -65,7 +65,7 @@ def _row(calls: list[Layer], torch_macs: int) -> dict[str, Any]:
     row["value_bytes"] = N_BYTES * sum(layer.n_values for layer in calls)
     row |= field_columns(next((layer.sees for layer in reversed(calls) if layer.sees), None))
     uncounted = sorted({name for layer in calls for name in layer.uncounted})
-    return row | {"macs_torch": torch_macs, "not_counted": " ".join(uncounted)}
+    return row | {"macs_torch": sum(layer.torch_macs for layer in calls), "not_counted": " ".join(uncounted)}
 
 
 def field_columns(sees: Field | None) -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 A convolution or matrix product takes as many multiply-accumulates as it has outputs, times the inputs that each output
 sums over. Other layers count as in fvcore: batch norm in evaluation 2 operations a value, other normalisations 5. An
-activation counts as 1 whatever its formula, softmax as 5 (maximum, difference, exponential, sum, quotient), pooling as
-the values that it looks at.
+activation counts as 1 whatever its formula, softmax as 5 (maximum, difference, exponential, sum, quotient), pooling and
+interpolation as the values that they look at.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import flop_registry
 
 # The groups under which other operations are counted, in the order of the tables.
 GROUPS = ("normalisation", "activation", "pooling", "elementwise")
@@ -25,6 +26,7 @@ ACTIVATIONS = {
     "celu", "selu", "mish", "softplus", "_prelu_kernel", "log_sigmoid_forward", "glu", "hardshrink", "softshrink",
 }  # fmt: skip
 SOFTMAX = {"_softmax": 5, "_safe_softmax": 5, "_log_softmax": 5}
+INTERPOLATION = {"upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16}
 WINDOWS = {"max_pool2d_with_indices", "max_pool2d", "avg_pool2d"}
 REDUCTIONS = {
     "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "prod",
@@ -60,7 +62,7 @@ def group_of(operation: Any) -> str | None:
         return "normalisation"
     if name in ACTIVATIONS or name in SOFTMAX:
         return "activation"
-    if name in WINDOWS or name in REDUCTIONS:
+    if name in WINDOWS or name in REDUCTIONS or name in INTERPOLATION:
         return "pooling"
     if name in VIEWS:
         return "view"
@@ -82,6 +84,12 @@ def macs(name: str, arguments: tuple[Any, ...], output: Tensor) -> int:
     return int(output.numel() * arguments[0].shape[-1])
 
 
+def torch_macs(operation: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Any) -> int:
+    """Multiply-accumulates by the formulas of torch's FlopCounterMode, which counts two operations for each."""
+    formula = flop_registry.get(operation.overloadpacket)
+    return int(formula(*arguments, **named, out_val=output)) // 2 if formula else 0
+
+
 def attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
     """Of softmax(query key') value, shapes (..., positions, channels): both matrix products, heads together."""
     scores = query.shape[:-1].numel() * key.shape[-2]
@@ -94,6 +102,8 @@ def other_operations(name: str, arguments: tuple[Any, ...], output: Tensor) -> i
         return NORMALISATION[name] * output.numel()
     if name in SOFTMAX:
         return SOFTMAX[name] * output.numel()
+    if name in INTERPOLATION:
+        return INTERPOLATION[name] * output.numel()
     if name in WINDOWS:
         kernel = pair(arguments[1])
         return output.numel() * kernel[0] * kernel[1]

@@ -31,6 +31,8 @@ class Layer:
         input_shape, output_shape: of its first tensors, with the batch, which windows and heads may become part of.
         params: learnt values of its own; counted at its first call.
         macs: multiply-accumulates by `own_macs` where the layer's kind is known, else by the operations' shapes.
+        torch_macs: the same by torch's formulas.
+        gives: what its output depends on, where rows and columns of the image are as the next layer sees them.
         other: operations that are no multiply-accumulates, by group.
         n_weights, n_values: values read and written, weights and others.
         sees: what its last result depends on.
@@ -44,10 +46,12 @@ class Layer:
     output_shape: Shape = ()
     params: int = 0
     macs: int = 0
+    torch_macs: int = 0
     other: dict[str, int] = field(default_factory=lambda: dict.fromkeys(GROUPS, 0))
     n_weights: int = 0
     n_values: int = 0
     sees: Field | None = None
+    gives: Field | None = None
     uncounted: list[str] = field(default_factory=list)
     place: int = 0
 
@@ -104,6 +108,7 @@ class Recorder(TorchDispatchMode):
             first = next(tensors(output), None)
             layer = self.stack.pop()
             layer.output_shape = tuple(first.shape) if first is not None else ()
+            layer.gives = self.fields.get(id(first))
 
         hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
         try:
@@ -115,7 +120,10 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
         output = operation(*arguments, **(named or {}))
         inputs = list(tensors(arguments))
-        if self.quiet or not self.stack or not inputs:
+        if not self.stack or not inputs:
+            return output
+        self.stack[-1].torch_macs += operations.torch_macs(operation, arguments, named or {}, output)
+        if self.quiet:
             return output
         made = list(tensors(output))
         self.alive.append((made, inputs))

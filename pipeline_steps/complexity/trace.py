@@ -22,7 +22,7 @@ class Trace:
 
     Attributes:
         layers: in the order in which they finish.
-        torch_macs: multiply-accumulates of each module itself by torch's FlopCounterMode.
+        torch_macs: multiply-accumulates in all, by torch's FlopCounterMode in a run of its own.
         feature_map: name of the last layer whose positions still belong to parts of the image, before global pooling,
             and what they depend on, as Araujo, Norris and Sim stop there; None: there is none.
         whole: name of the first layer that sees the whole image, and its field; None: none does.
@@ -31,7 +31,7 @@ class Trace:
     """
 
     layers: list[Layer]
-    torch_macs: dict[str, int]
+    torch_macs: int
     feature_map: tuple[str, Field] | None
     whole: tuple[str, Field] | None
     lost: tuple[str, Field] | None
@@ -47,13 +47,13 @@ def trace(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> Trace:
         PleatError: the network fails on images of this shape.
     """
     with torch.device("meta"):
-        network = build().eval()
+        network = build().eval().requires_grad_(False)
     try:
         return _run(network, torch.zeros(1, *shape, device="meta"), [])
     except Exception as error:  # each network fails in its own way
         if not (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
             raise _unfit(network, shape, error) from error
-    network = build().eval()
+    network = build().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     note = (
         "The network decides by the values of the pixels what it computes. Counted is the path that one image of "
@@ -80,18 +80,25 @@ def _run(network: nn.Module, image: Tensor, notes: list[str]) -> Trace:
         counter = FlopCounterMode(display=False)
         with counter:
             network(image)
-    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     layers = recorder.finish()
     unknown = sorted({f"{name} in {layer.name or 'the network'}" for layer in layers for name in layer.uncounted})
     seen = recorder.seen
     return Trace(
         layers,
-        _own(network, flops),
-        next(((name, sees) for name, sees in reversed(seen) if sees.rows is not None), None),
+        counter.get_total_flops() // 2,
+        _feature_map(recorder, layers),
         next(((name, sees) for name, sees in seen if sees.whole), None),
         next(((name, sees) for name, sees in seen if sees.lost), None),
         notes + ([f"Not counted, as their cost is not known: {', '.join(unknown)}."] if unknown else []),
     )
+
+
+def _feature_map(recorder: Recorder, layers: list[Layer]) -> tuple[str, Field] | None:
+    found = next(((name, sees) for name, sees in reversed(recorder.seen) if sees.rows is not None), None)
+    if found is None:
+        return None
+    gives = next((layer.gives for layer in reversed(layers) if layer.name == found[0]), None)
+    return (found[0], gives) if gives is not None and gives.rows is not None else found
 
 
 @contextmanager
@@ -103,18 +110,3 @@ def _exact_attention() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def _own(network: nn.Module, flops: dict[str, int]) -> dict[str, int]:
-    """FlopCounterMode counts a module with all in it; this is without, in multiply-accumulates."""
-    root = type(network).__name__
-    within = {name.removeprefix(root).removeprefix("."): count for name, count in flops.items() if name != "Global"}
-    own = dict(within)
-    for name, count in within.items():
-        if name:
-            parent = name.rpartition(".")[0]
-            while parent and parent not in own:  # containers that are never called themselves
-                parent = parent.rpartition(".")[0]
-            if parent in own:
-                own[parent] -= count
-    return {name: count // 2 for name, count in own.items()}
