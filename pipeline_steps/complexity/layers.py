@@ -111,12 +111,13 @@ def parts(layers: pd.DataFrame) -> pd.DataFrame:
         *OTHER,
         "bytes_moved",
         "share",
-        *(["latency_ms"] if "latency_ms" in layers else []),
+        *(name for name in layers.columns if name.startswith("latency_ms")),
     ]
     grouped = layers.assign(part=part).groupby("part", sort=False)
     frame = grouped[sums].sum().reset_index()
     for name in ("output_shape", "receptive_field_px", "jump_px", "whole_image"):
         frame[name] = list(grouped[name].apply(lambda column: column.iloc[-1]))
+    frame.loc[frame["part"] == "(network)", "output_shape"] = ""  # that of the whole; its own operations are all over
     return frame.astype({"receptive_field_px": "Int64", "jump_px": "Int64"})
 
 

@@ -26,7 +26,9 @@ ACTIVATIONS = {
     "celu", "selu", "mish", "softplus", "_prelu_kernel", "log_sigmoid_forward", "glu", "hardshrink", "softshrink",
 }  # fmt: skip
 SOFTMAX = {"_softmax": 5, "_safe_softmax": 5, "_log_softmax": 5}
-INTERPOLATION = {"upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16}
+INTERPOLATION = {
+    "upsample_bilinear2d": 4, "_upsample_bilinear2d_aa": 4, "upsample_bicubic2d": 16, "_upsample_bicubic2d_aa": 16,
+}  # fmt: skip
 WINDOWS = {"max_pool2d_with_indices", "max_pool2d", "avg_pool2d"}
 REDUCTIONS = {
     "mean", "sum", "amax", "amin", "max", "min", "argmax", "argmin", "var", "std", "var_mean", "std_mean", "prod",

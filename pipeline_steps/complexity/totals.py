@@ -17,13 +17,7 @@ def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
         PleatError: timm does not know the network, or it cannot take images of this size.
     """
     subject = of_model("the model", settings, head, n_outputs)
-    found = layers.totals(layers.table(trace(subject.build, image_shape(subject))))
-    return summary(found, subject)
-
-
-def image_shape(subject: Subject) -> tuple[int, int, int]:
-    """Channels, height, width."""
-    return 3, subject.input_size, subject.input_size
+    return summary(layers.totals(layers.table(trace(subject.build, subject.shape))), subject)
 
 
 def summary(found: dict[str, int], subject: Subject) -> dict[str, int]:

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from pipeline_steps.serving.upright import upright_rgb
+from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
     from pipeline_steps.compare import Choice
@@ -189,14 +190,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"score": _score, "unit": _unit, "heat": _heat, "bars": _bars}
+    environment.filters |= {"score": _score, "unit": with_unit, "heat": _heat, "bars": _bars}
     return environment
-
-
-def _unit(count: float) -> str:
-    from pipeline_steps.plots_compare import with_unit
-
-    return with_unit(count)
 
 
 def _score(value: float | None, form: str = ".3f") -> str:
