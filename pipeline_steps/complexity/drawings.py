@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter
 
 from pipeline_steps.complexity.effective import Effective
 from pipeline_steps.complexity.latency import Peak, Timing
-from pipeline_steps.plots import BLUE, GREEN, INK, PALE, PURPLE, SOFT, VERMILLION, figure
+from pipeline_steps.plots import BLUE, GREEN, INK, PALE, PURPLE, VERMILLION, figure, short
 from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
@@ -53,8 +54,14 @@ def roofline(path: Path, name: str, table: pd.DataFrame, timings: Sequence[Timin
         for axes, timing in zip(drawing.subplots(rows, 2, squeeze=False).flat, timings, strict=True):
             _panel(axes, table.assign(ms=table[column_of(timing)]), timing, peaks[timing.place])
         drawing.suptitle(f"{name}: speed of each layer against the machine's roof", x=0.01, ha="left", weight="bold")
-        handles, labels = axes.get_legend_handles_labels()
-        drawing.legend(handles, labels, loc="outside lower right", ncols=5)
+        there = set(table[table["macs"] > 0].apply(_kind, axis=1))
+        handles = [
+            Line2D([], [], marker=marker, color=colour, ls="", ms=6, label=kind)
+            for kind, (marker, colour) in KINDS.items()
+            if kind in there
+        ]
+        handles.append(Line2D([], [], color=INK, label="measured peak of memory and of arithmetic"))
+        drawing.legend(handles=handles, loc="outside lower left", ncols=3)
 
 
 def _panel(axes: Axes, table: pd.DataFrame, timing: Timing, peak: Peak) -> None:
@@ -68,13 +75,12 @@ def _panel(axes: Axes, table: pd.DataFrame, timing: Timing, peak: Peak) -> None:
         size = 8 + 250 * layers["ms"][of_kind] / timing.median_ms
         axes.scatter(
             intensity[of_kind], speed[of_kind], marker=marker, color=colour, s=size, alpha=0.6, lw=0, zorder=3,
-            label=kind,
         )  # fmt: skip
     knee = peak.flops_per_s / peak.bytes_per_s
     low, high = min(intensity.min(), knee) / 2, max(intensity.max(), knee) * 3
     reach = np.geomspace(low, high, 100)
     roof = np.minimum(peak.flops_per_s, reach * peak.bytes_per_s)
-    axes.plot(reach, roof, color=INK, lw=1.6, label="measured peak of memory and of arithmetic")
+    axes.plot(reach, roof, color=INK, lw=1.6)
     axes.set(xscale="log", yscale="log", xlim=(low, high))
     axes.set_ylim(bottom=speed.min() / 2, top=peak.flops_per_s * 4)
     axes.text(high / 1.1, peak.flops_per_s * 1.15, f"{with_unit(peak.flops_per_s)}FLOP/s", ha="right", color=INK)
@@ -101,11 +107,12 @@ def effective(path: Path, name: str, found: Effective) -> None:
         found: what was measured.
     """
     height, width = found.energy.shape
-    with figure(path, 10.2, 4.9) as drawing:
+    with figure(path, 10.2, 5.3) as drawing:
         left, right = drawing.subplots(1, 2, width_ratios=[1, 1.1])
         grey = found.images[0].float().mean(0).numpy()
         left.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
-        shown = np.sqrt(found.energy / found.energy.max())
+        # A few pixels hold so much that all others would vanish beside them.
+        shown = np.sqrt(np.minimum(found.energy / np.quantile(found.energy, 0.995), 1))
         left.imshow(shown, cmap="inferno", alpha=np.clip(1.5 * shown, 0, 0.85), vmin=0, vmax=1)
         for share, (colour, style) in SQUARES.items():
             label = f"{share:.0%} of the energy: {found.side_px[share]} px a side"
@@ -115,7 +122,8 @@ def effective(path: Path, name: str, found: Effective) -> None:
         left.add_patch(_square(found.middle, found.theoretical_px, GREEN, "--", theory))
         left.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5), xlabel="pixels", ylabel="pixels")
         left.grid(visible=False)
-        left.set_title(f"{name}: what the middle of {found.layer} sees", loc="left")
+        left.set_title(f"What the middle of {short(found.layer)} sees", loc="left")
+        drawing.suptitle(f"{name}, {found.weights}", x=0.01, ha="left", weight="bold")
         left.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), fontsize=8.5)
         _shares(right, found)
 
@@ -140,5 +148,4 @@ def _shares(axes: Axes, found: Effective) -> None:
     axes.set_ylabel("share of the gradient's energy")
     n_images = len(found.images)
     axes.set_title(f"Mean of {n_images} image{'s' if n_images > 1 else ''}", loc="left")
-    axes.text(0.98, 0.04, found.weights, transform=axes.transAxes, ha="right", color=SOFT, fontsize=8)
     axes.spines["bottom"].set_color(PALE)

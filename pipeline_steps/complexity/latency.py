@@ -15,6 +15,7 @@ BATCHES = (1, 32)
 BUDGET_S = 4.0  # for the runs of one batch size; as often again for its layers
 MIN_RUNS, MAX_RUNS = 3, 50
 PEAK_RUNS = 5
+N_BYTES = 4  # a value, in float32
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,13 @@ def measure(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> tupl
     try:
         for device in devices:
             network.to(device)
+            before_s = _peak_s(device)
             found = [_of_batch(network, torch.rand(batch, *shape, device=device)) for batch in BATCHES]
             timings += found
-            peaks[found[0].place] = _peak(device)
+            # Before and after, as other work of the machine may have slowed one of them.
+            product_s, copy_s = (min(both) for both in zip(before_s, _peak_s(device), strict=True))
+            side, n_values = _sizes(device)
+            peaks[found[0].place] = Peak(2 * side**3 / product_s, 2 * N_BYTES * n_values / copy_s)
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
     return timings, peaks
@@ -150,15 +155,18 @@ def _timed_modules(network: nn.Module, on_gpu: bool) -> Any:
             hook.remove()
 
 
-def _peak(device: torch.device) -> Peak:
-    """The best of several runs; a copy reads and writes each byte."""
-    side, n_values = (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+def _sizes(device: torch.device) -> tuple[int, int]:
+    """Side of the matrices and number of values of the copy that the peak is measured with."""
+    return (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+
+
+def _peak_s(device: torch.device) -> tuple[float, float]:
+    """Seconds of a matrix product and of a copy, which reads and writes each byte: the best of several runs."""
+    side, n_values = _sizes(device)
     left, right = torch.rand(side, side, device=device), torch.rand(side, side, device=device)
     source = torch.rand(n_values, device=device)
     target = torch.empty_like(source)
-    product_s = _best_s(lambda: torch.mm(left, right), device)
-    copy_s = _best_s(lambda: target.copy_(source), device)
-    return Peak(2 * side**3 / product_s, 2 * source.numel() * source.element_size() / copy_s)
+    return _best_s(lambda: torch.mm(left, right), device), _best_s(lambda: target.copy_(source), device)
 
 
 def _best_s(run: Callable[[], Any], device: torch.device) -> float:

@@ -15,7 +15,7 @@ from pipeline_steps.complexity.latency import Peak, Timing
 from pipeline_steps.complexity.subject import Subject
 from pipeline_steps.complexity.trace import Trace, trace
 from pipeline_steps.errors import PleatError
-from pipeline_steps.files import atomic_folder, write_csv
+from pipeline_steps.files import atomic_folder, write_csv, write_json
 from pipeline_steps.units import with_unit
 
 N_BIGGEST = 15
@@ -48,6 +48,13 @@ class Profile:
     def totals(self) -> dict[str, int]:
         """See `layers.totals`."""
         return layers.totals(self.table)
+
+    @property
+    def summary(self) -> dict[str, float | None]:
+        """The totals with the theoretical receptive field and the median times, for programs."""
+        field = self.trace.feature_map[1] if self.trace.feature_map else None
+        times = {column_of(timing): timing.median_ms for timing in self.timings}
+        return {**self.totals, "receptive_field_px": field.pixels if field else None, **times}
 
     @cached_property
     def parts(self) -> pd.DataFrame:
@@ -145,7 +152,7 @@ def _effective(subject: Subject, found: Trace, folder: Path, weights: Path | Non
 
 
 def write(folder: Path, profiles: Sequence[Profile]) -> None:
-    """Writes layers.csv, index.html and the pictures of what was measured; the folder is replaced.
+    """Writes layers.csv, totals.json, index.html and the pictures of what was measured; the folder is replaced.
 
     Raises:
         PleatError: it cannot be written.
@@ -155,6 +162,7 @@ def write(folder: Path, profiles: Sequence[Profile]) -> None:
         table = pd.concat(frames)
         first = ["model"] if "model" in table else []
         write_csv(partial / "layers.csv", table[[*first, *(name for name in table.columns if name != "model")]])
+        write_json(partial / "totals.json", {one.name: one.summary for one in profiles})
         if any(one.timings or one.effective for one in profiles):
             from pipeline_steps.complexity import drawings  # late: matplotlib takes seconds
 

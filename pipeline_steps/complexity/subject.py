@@ -68,9 +68,9 @@ def of_model(name: str, settings: Model, head: Head, n_outputs: int, input_size:
 
     def trained(weights: Path | None) -> "tuple[nn.Module, str]":
         if weights is not None:
-            return _with_state(build(), weights), f"the weights of {weights}"
+            return _with_state(build(), weights), f"weights {weights.name}"
         own = None if isinstance(settings, ScratchModel) else settings.weights
-        return build(Path(own) if own else None), f"the weights of {own}" if own else RANDOM
+        return build(Path(own) if own else None), f"weights {Path(own).name}" if own else RANDOM
 
     return Subject(name, prepared.crop, about, build, trained, lambda data: prepared((data, False)), _as_it_is)
 
@@ -91,7 +91,7 @@ def _custom(name: str, settings: CustomCnn, head: Head, n_outputs: int, input_si
         return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
 
     def trained(weights: Path | None) -> "tuple[nn.Module, str]":
-        return (_with_state(build(), weights), f"the weights of {weights}") if weights else (build(), RANDOM)
+        return (_with_state(build(), weights), f"weights {weights.name}") if weights else (build(), RANDOM)
 
     about = f"the convolutions of params.yaml with a head of {n_outputs:,} outputs"
     return Subject(
@@ -131,7 +131,7 @@ def of_timm(name: str, input_size: int | None = None, others: Sequence[str] = ()
     def trained(weights: Path | None) -> "tuple[nn.Module, str]":
         if weights is None:
             return build(), RANDOM
-        return create(name, weights, True, input_size, head_on), f"the weights of {weights}"
+        return create(name, weights, True, input_size, head_on), f"weights {weights.name}"
 
     def normalise(pixels: "Tensor") -> "Tensor":
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) * 255 for values in mean_std(name))

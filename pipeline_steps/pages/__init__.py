@@ -135,6 +135,7 @@ def landing_page(
         classes=[(*key, list(row)) for key, row in zip(class_f1.index, class_f1.values, strict=True)],
         models=models,
         has_page={model: (reports / "models" / model / "index.html").exists() for model in models},
+        has_cost={model: (reports / "complexity" / model / "index.html").exists() for model in models},
         counts=counts,
         links=[(target, title) for target, title in links if (reports / target).exists()],
         picture={name: embedded_png(reports / f"{name}.png") for name in ("quality_against_macs", "f1_by_fold")},
