@@ -43,6 +43,18 @@ def test_resnet50_with_its_strides_in_the_first_convolutions() -> None:
     assert found[1].pixels == 483
 
 
+def test_convnext_tiny_by_the_formula() -> None:
+    """Patches of 4, then stages of 3, 3, 9 and 3 kernels of 7, with kernels of 2 that halve the map between them."""
+    pixels, jump = 4, 4
+    for blocks in (3, 3, 9, 3):
+        if jump > 4 or pixels > 4:
+            pixels, jump = pixels + jump, 2 * jump
+        pixels += blocks * 6 * jump
+    found = traced("convnext_tiny").feature_map
+    assert found is not None
+    assert found[1].pixels == pixels == 1688
+
+
 @pytest.mark.parametrize(
     ("name", "local", "first", "cause"),
     [

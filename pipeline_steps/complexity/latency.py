@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 BATCHES = (1, 32)
 BUDGET_S = 4.0  # for the runs of one batch size; as often again for its layers
 MIN_RUNS, MAX_RUNS = 3, 50
-PEAK_RUNS = 5
+PEAK_RUNS = 3
 N_BYTES = 4  # a value, in float32
 
 
@@ -157,7 +157,7 @@ def _timed_modules(network: nn.Module, on_gpu: bool) -> Any:
 
 def _sizes(device: torch.device) -> tuple[int, int]:
     """Side of the matrices and number of values of the copy that the peak is measured with."""
-    return (8192, 2**28) if device.type == "cuda" else (2048, 2**25)
+    return (8192, 2**28) if device.type == "cuda" else (1536, 2**25)
 
 
 def _peak_s(device: torch.device) -> tuple[float, float]:
