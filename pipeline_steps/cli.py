@@ -30,8 +30,7 @@ def main() -> None:
     arguments = build_parser().parse_args()
     try:
         arguments.run(arguments)
-        if "triton" not in sys.modules:  # which, imported by torch's FlopCounterMode, lists what is left at the end
-            gc.freeze()  # else the interpreter looks through all that was imported before it ends: a second
+        gc.freeze()  # else the interpreter looks through all that was imported before it ends, which takes a second
     except PleatError as error:
         print(f"pleat: {error}", file=sys.stderr)
         _leave_failure(error)
@@ -317,9 +316,13 @@ def _profile(arguments: argparse.Namespace) -> None:
         loaded = params.load()
         for model in arguments.names:
             profile.run(loaded, _defined(loaded, model))
-        return
-    known = params.load() if Path("params.yaml").exists() else None
-    profile.show(arguments.names, known, arguments.input_size, arguments.latency, arguments.images, arguments.weights)
+    else:
+        known = params.load() if Path("params.yaml").exists() else None
+        chosen = arguments.input_size, arguments.latency, arguments.images, arguments.weights
+        profile.show(arguments.names, known, *chosen)
+    # All is written. Where triton is installed, torch has loaded it, and it would list all that is left.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _compare(_: argparse.Namespace) -> None:

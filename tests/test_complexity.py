@@ -4,6 +4,7 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_steps.complexity import layers
 from pipeline_steps.complexity.subject import of_timm
@@ -17,9 +18,11 @@ def profile(network: nn.Module, *shape: int) -> pd.DataFrame:
 
 def profile_timm(name: str) -> pd.DataFrame:
     subject = of_timm(name)
-    found = trace(subject.build, (3, subject.input_size, subject.input_size))
-    table = layers.table(found)
-    assert found.torch_macs == table["macs_torch"].sum()  # FlopCounterMode in all, its formulas layer by layer
+    table = layers.table(trace(subject.build, subject.shape))
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:
+        subject.build().eval().requires_grad_(False)(torch.zeros(1, *subject.shape))
+    assert counter.get_total_flops() == 2 * table["macs_torch"].sum()
     return table
 
 

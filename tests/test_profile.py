@@ -2,13 +2,12 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import synthetic_run as synthetic
-from conftest import REPOSITORY, load_params
+from conftest import PLEAT, REPOSITORY, load_params
 
 from pipeline_steps import profile
 from pipeline_steps.complexity.totals import count
@@ -139,14 +138,11 @@ def test_people_profile_a_model_at_another_size_or_two_side_by_side(
 
 def test_a_small_cnn_is_profiled_without_timm_or_pictures(tmp_path: Path) -> None:
     shutil.copy(REPOSITORY / "params.yaml", tmp_path)
-    code = (
-        "import sys\n"
-        "sys.argv = ['pleat', 'profile', 'cnn_tiny']\n"
-        "from pipeline_steps.cli import main\n"
-        "main()\n"
-        "print('loaded:', [name for name in ('timm', 'matplotlib', 'sklearn', 'mlflow') if name in sys.modules])\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    command = [PLEAT[0], "-X", "importtime", *PLEAT[1:], "profile", "cnn_tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "loaded: []" in done.stdout
-    assert done.stderr == ""
+    assert "reports/profile/cnn_tiny/index.html" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in loaded
+    assert not loaded & {"timm", "matplotlib", "sklearn", "mlflow"}
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())  # and nothing else on stderr

@@ -13,7 +13,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 
 BATCHES = (1, 32)
 BUDGET_S = 4.0  # for the runs of one batch size; as often again for its layers
-MIN_RUNS, MAX_RUNS = 3, 50
+MIN_RUNS, MIN_LAYER_RUNS, MAX_RUNS = 3, 2, 50
 PEAK_RUNS = 3
 N_BYTES = 4  # a value, in float32
 
@@ -89,7 +89,7 @@ def _of_batch(network: nn.Module, images: torch.Tensor) -> Timing:
     runs = int(min(max(BUDGET_S * 1000 / first_ms, MIN_RUNS), MAX_RUNS))
     times = [_once(network, images) for _ in range(runs)]
     layers: dict[str, list[float]] = {}
-    for _ in range(max(runs // 2, MIN_RUNS)):
+    for _ in range(max(runs // 2, MIN_LAYER_RUNS)):
         with _timed_modules(network, images.device.type == "cuda") as own:
             network(images)
         for name, ms in own().items():

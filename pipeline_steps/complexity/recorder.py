@@ -91,6 +91,11 @@ class Recorder(TorchDispatchMode):
         self.place = 0
         self.quiet = 0  # inside of an operation that was counted as one
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled here, and to skip the compiler torch would load it first, which takes a second."""
+        return False
+
     @contextmanager
     def modules(self) -> Iterator[None]:
         """While this is open, calls of modules are followed."""

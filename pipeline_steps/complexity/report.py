@@ -78,12 +78,12 @@ class Profile:
     def sentences(self) -> list[str]:
         """What a reader must know beside the figures: both counts, what sees the whole image, what is missing."""
         told = []
-        if self.differences.empty and self.totals["macs"] == self.trace.torch_macs:
+        if self.differences.empty:
             told.append(
                 "Both counts of multiply-accumulates, by the layers' settings and by torch, agree in every layer."
             )
         else:
-            ours, torchs = with_unit(self.totals["macs"]), with_unit(self.trace.torch_macs)
+            ours, torchs = with_unit(self.totals["macs"]), with_unit(self.totals["macs_torch"])
             told.append(
                 f"The two counts differ: {ours} multiply-accumulates by the layers' settings, {torchs} by torch; "
                 f"{len(self.differences)} layers do not agree (below)."

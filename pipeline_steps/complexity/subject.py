@@ -76,7 +76,9 @@ def of_model(name: str, settings: Model, head: Head, n_outputs: int, input_size:
 
 
 def _custom(name: str, settings: CustomCnn, head: Head, n_outputs: int, input_size: int | None) -> Subject:
-    from pipeline_steps.serving.images import decode, resize_crop  # late: torch takes seconds
+    import torch  # late: takes seconds
+
+    from pipeline_steps.serving.images import decode, resize_crop
     from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 
     size = input_size or settings.input_size
@@ -88,7 +90,10 @@ def _custom(name: str, settings: CustomCnn, head: Head, n_outputs: int, input_si
     blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
 
     def build() -> "nn.Module":
-        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+        device = torch.get_default_device()
+        with torch.device("cpu"):  # the meta device would load torch's compiler, which takes a second
+            network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+        return network.to(device)
 
     def trained(weights: Path | None) -> "tuple[nn.Module, str]":
         return (_with_state(build(), weights), f"weights {weights.name}") if weights else (build(), RANDOM)

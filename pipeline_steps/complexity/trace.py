@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline_steps.complexity.field import Field
 from pipeline_steps.complexity.recorder import Functions, Layer, Recorder
@@ -22,7 +21,6 @@ class Trace:
 
     Attributes:
         layers: in the order in which they finish.
-        torch_macs: multiply-accumulates in all, by torch's FlopCounterMode in a run of its own.
         feature_map: name of the last layer whose positions still belong to parts of the image, before global pooling,
             and what they depend on, as Araujo, Norris and Sim stop there; None: there is none.
         whole: name of the first layer that sees the whole image, and its field; None: none does.
@@ -31,7 +29,6 @@ class Trace:
     """
 
     layers: list[Layer]
-    torch_macs: int
     feature_map: tuple[str, Field] | None
     whole: tuple[str, Field] | None
     lost: tuple[str, Field] | None
@@ -74,18 +71,13 @@ def _unfit(network: nn.Module, shape: tuple[int, int, int], error: Exception) ->
 
 def _run(network: nn.Module, image: Tensor, notes: list[str]) -> Trace:
     recorder = Recorder(network, image)
-    with torch.no_grad(), _exact_attention():
-        with recorder.modules(), Functions(recorder), recorder:
-            network(image)
-        counter = FlopCounterMode(display=False)
-        with counter:
-            network(image)
+    with torch.no_grad(), _exact_attention(), recorder.modules(), Functions(recorder), recorder:
+        network(image)
     layers = recorder.finish()
     unknown = sorted({f"{name} in {layer.name or 'the network'}" for layer in layers for name in layer.uncounted})
     seen = recorder.seen
     return Trace(
         layers,
-        counter.get_total_flops() // 2,
         _feature_map(recorder, layers),
         next(((name, sees) for name, sees in seen if sees.whole), None),
         next(((name, sees) for name, sees in seen if sees.lost), None),
