@@ -1,4 +1,4 @@
-"""What `pleat profile` takes: one run of ConvNeXt-L on the meta device, and the command for ConvNeXt-T from start to end.
+"""What `pleat profile` takes: the layers of ConvNeXt-L, and the command for ConvNeXt-T from start to end.
 
 Run with `python benchmarks/complexity.py`; takes two minutes.
 """

@@ -130,5 +130,5 @@ def test_times_and_peaks_of_a_small_network(monkeypatch: pytest.MonkeyPatch, tmp
     found = read_json(folder / "totals.json")["cnn_tiny"]
     assert found["latency_ms_cpu_32"] > found["latency_ms_cpu_1"] > 0
     page = (folder / "index.html").read_text()
-    assert "the ten most expensive layers, batch of 32" in page
+    assert "The ten most expensive layers, batch of 32" in page
     assert (folder / "roofline_0.png").exists()

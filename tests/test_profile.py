@@ -132,7 +132,7 @@ def test_people_profile_a_model_at_another_size_or_two_side_by_side(
     assert larger["macs"] - head == 4 * (own["macs"] - head)
     with pytest.raises(PleatError, match=r"cnn_tiny cannot take images of 8 pixels .* use 16 or more"):
         profile.show(["cnn_tiny"], params, input_size=8, root=tmp_path)
-    with pytest.raises(PleatError, match=r"no model named 'cnn_tyny'; params.yaml has cnn_tiny"):
+    with pytest.raises(PleatError, match=r"has a model named 'cnn_tyny'; near names: cnn_tiny"):
         profile.show(["cnn_tyny"], params, root=tmp_path)
 
 

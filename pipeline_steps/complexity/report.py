@@ -90,7 +90,10 @@ class Profile:
             )
         if self.trace.feature_map is not None:
             layer, sees = self.trace.feature_map
-            told.append(f"The receptive field is that of {layer or 'the network'}, the last map before global pooling.")
+            last = (
+                "the last map before global pooling" if self.trace.lost is None else "the last that could be followed"
+            )
+            told.append(f"The receptive field is that of {layer or 'the network'}, {last}.")
             if sees.pixels and sees.pixels > self.subject.input_size:
                 told[-1] += f" It is larger than the image of {self.subject.input_size} pixels."
         if self.trace.whole is not None:

@@ -114,15 +114,18 @@ def of_timm(name: str, input_size: int | None = None, others: Sequence[str] = ()
     Raises:
         PleatError: timm does not know the name, or the network cannot take images of this size.
     """
-    from timm.models import is_model, resolve_pretrained_cfg  # late: takes seconds
+    from timm.models import is_model, list_models, resolve_pretrained_cfg  # late: takes seconds
 
     from pipeline_steps.vision.timm_networks import create, mean_std, n_features, preprocessing
     from pipeline_steps.vision.weights import unknown_model
 
     if not is_model(name):
-        if near := get_close_matches(name, others):
-            raise PleatError(f"There is no model named '{name}'; params.yaml has {', '.join(near)}.")
-        raise unknown_model(name)
+        if not others:
+            raise unknown_model(name)
+        near = get_close_matches(name, [*others, *list_models()], n=5)
+        raise PleatError(
+            f"Neither params.yaml nor timm has a model named '{name}'; near names: {', '.join(near) or 'none'}."
+        )
     n_classes = int(resolve_pretrained_cfg(name).num_classes or 0)
     head_on: HeadOn = "logits" if n_classes else "pooled"
     prepared = preprocessing(name, input_size)
