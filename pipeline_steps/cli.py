@@ -61,7 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
         ("prepare", "Compute what a model trains on, once for all folds: frozen features or uint8 pixels."),
         ("train", "Train one fold of one model; an interrupted fold goes on from its last epoch."),
         ("evaluate", "Score a model's out-of-fold predictions: metrics with spread, pictures, worst mistakes."),
-        ("profile", "Count a model's parameters and multiply-accumulates."),
         ("compare", "Write the leaderboard, the quality-against-cost plot and the report page."),
         ("refit", "Train the chosen model on everything but the holdout; score it there and package it."),
         ("register", "Judge the refitted model against the champion; register and promote it in MLflow."),
@@ -69,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
         stage = commands.add_parser(
             name, help=text, description=text + " A stage of dvc.yaml; settings in params.yaml."
         )
-        if name in ("prepare", "train", "evaluate", "profile"):
+        if name in ("prepare", "train", "evaluate"):
             stage.add_argument("model", help="a name of `models` in params.yaml")
         if name in ("ingest", "prepare"):
             stage.add_argument("batch", help="a folder of data/raw")
@@ -108,10 +107,27 @@ def _add_people_commands(commands: "argparse._SubParsersAction[argparse.Argument
     airflow.add_argument("--port", type=int, default=8080, help="of Airflow (default 8080)")
     airflow.add_argument("--mlflow-port", type=int, default=5000, help="of MLflow (default 5000)")
     airflow.set_defaults(run=_airflow)
+    _add_profile(commands)
     _add_registry_commands(commands)
     _add_predict(commands)
     text = "Log to MLflow what could not be logged while it was away."
     commands.add_parser("sync", help=text, description=text).set_defaults(run=_sync)
+
+
+def _add_profile(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    text = "Say what a model costs, layer by layer: parameters, MACs, receptive field; two models side by side."
+    profile = commands.add_parser("profile", help=text, description=text)
+    profile.add_argument("names", nargs="+", metavar="NAME", help="a model of params.yaml, or any network of timm")
+    profile.add_argument(
+        "--stage", action="store_true", help="as the stage of dvc.yaml: into data/ and reports/complexity"
+    )
+    profile.add_argument("--input-size", type=int, metavar="PIXELS", help="a side, instead of the network's own")
+    profile.add_argument("--latency", action="store_true", help="measure how long it takes, too")
+    profile.add_argument("--images", type=Path, metavar="FOLDER", help="measure the effective receptive field on these")
+    profile.add_argument(
+        "--weights", type=Path, metavar="FILE", help="for that, a .safetensors file; else the model's own"
+    )
+    profile.set_defaults(run=_profile)
 
 
 def _add_registry_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -296,8 +312,17 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 def _profile(arguments: argparse.Namespace) -> None:
     from pipeline_steps import profile
 
-    loaded = params.load()
-    profile.run(loaded, _defined(loaded, arguments.model))
+    if arguments.stage:
+        loaded = params.load()
+        for model in arguments.names:
+            profile.run(loaded, _defined(loaded, model))
+    else:
+        known = params.load() if Path("params.yaml").exists() else None
+        chosen = arguments.input_size, arguments.latency, arguments.images, arguments.weights
+        profile.show(arguments.names, known, *chosen)
+    # All is written. Where triton is installed, torch has loaded it, and it would list all that is left.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _compare(_: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from pipeline_steps.files import read_json, write_csv, write_json, write_text
 from pipeline_steps.metrics import HEADLINES, Spread
 from pipeline_steps.params import Params
 from pipeline_steps.plots import with_spread
-from pipeline_steps.plots_compare import with_unit
+from pipeline_steps.units import with_unit
 
 TARGET_SCORES = ("f1_weighted", "accuracy")  # that are shown of each target
 LOG_WIDTH = 1000  # columns where the output is no terminal, so that a log never cuts a name

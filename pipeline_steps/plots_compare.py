@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 
 from pipeline_steps.metrics import Floats
 from pipeline_steps.plots import BLUE, MARKERS, PALE, SERIES, SOFT, figure, short
+from pipeline_steps.units import with_unit
 
 LABEL_DISTANCES_PX = (14, 27, 42, 60, 80, 102, 126, 152, 180, 210)
 LABEL_DIRECTIONS = [  # the preferred first: right, left, above, below, then between
@@ -23,14 +24,6 @@ LABEL_DIRECTIONS = [  # the preferred first: right, left, above, below, then bet
 MARKER_PX = 11.0  # half the side of the box that a dot fills
 CROSSING_PX2 = 900.0  # a leader across a name is as bad as names that overlap by this area
 HALO = [withStroke(linewidth=2.5, foreground="white")]
-
-
-def with_unit(count: float) -> str:
-    """1234567 as `1.2 M`: thousands, millions, billions with k, M, G."""
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= size * 0.9995:
-            return f"{count / size:.3g} {unit}"
-    return f"{count:.0f}"
 
 
 def pareto_front(macs: Sequence[float], score: Sequence[float]) -> list[int]:

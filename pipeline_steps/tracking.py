@@ -155,7 +155,11 @@ class Tracker:
         self.client.set_tag(run_id, "pleat.chosen", chosen["model"])
         self.client.log_batch(run_id, metrics=_metrics({"f1_weighted": chosen["f1_weighted"]}, step=0))
         for model, part in runs.items():
-            cost = {name: int(leaderboard[name][model]) for name in ("params", "macs")}
+            cost: dict[str, float | None] = {name: float(leaderboard[name][model]) for name in ("params", "macs")}
+            report = self.root / "reports" / "complexity" / model
+            if report.exists():
+                cost |= read_json(report / "totals.json")[model]
+                self.client.log_artifacts(part.info.run_id, str(report), "complexity")
             self.client.log_batch(part.info.run_id, metrics=_metrics(cost, step=0))
             self.client.set_tag(part.info.run_id, "pleat.pipeline_run", run_id)
             self.client.set_tag(run_id, f"pleat.model_run.{model}", part.info.run_id)

@@ -1,10 +1,13 @@
 """Totals of parameters and multiply-accumulates against published and hand-counted figures."""
 
+import shutil
+import subprocess
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import synthetic_run as synthetic
-from conftest import load_params
+from conftest import PLEAT, REPOSITORY, load_params
 
 from pipeline_steps import profile
 from pipeline_steps.complexity.totals import count
@@ -88,3 +91,58 @@ def test_the_head_has_an_output_for_each_class_of_each_target(
     wanted = count(params.models["cnn_tiny"], params.training["cnn_tiny"].head, n_outputs)
     assert profile.run(params, "cnn_tiny", tmp_path) == wanted
     assert read_json(tmp_path / "data" / "profile" / "cnn_tiny.json") == wanted
+
+
+def test_the_stage_leaves_the_same_report_each_time(tmp_path: Path) -> None:
+    synthetic.make_data(tmp_path, synthetic.LABEL)
+    params = load_params({"targets": synthetic.ONE})
+    report = tmp_path / "reports" / "complexity" / "cnn_tiny"
+    totals = profile.run(params, "cnn_tiny", tmp_path)
+    first = {path.name: path.read_bytes() for path in report.iterdir()}
+    profile.run(params, "cnn_tiny", tmp_path)
+    assert {path.name: path.read_bytes() for path in report.iterdir()} == first
+    assert set(first) == {"layers.csv", "totals.json", "index.html"}
+    layers = pd.read_csv(report / "layers.csv")
+    assert layers["macs"].sum() == totals["macs"]
+    assert layers["params"].sum() == totals["params"]
+    found = read_json(report / "totals.json")["cnn_tiny"]
+    assert (found["flops"], found["macs_torch"]) == (2 * totals["macs"], totals["macs"])
+    # 3 x 3 convolutions and pools of 2, four times: 1 + (2 + 1) (1 + 2 + 4 + 8)
+    assert found["receptive_field_px"] == 46
+    page = first["index.html"].decode()
+    assert "agree in every layer" in page
+    assert str(tmp_path) not in page
+
+
+def test_people_profile_a_model_at_another_size_or_two_side_by_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = load_params({})
+    folder = profile.show(["cnn_small", "cnn_tiny"], params, root=tmp_path)
+    assert folder == tmp_path / "reports" / "profile" / "cnn_small-cnn_tiny"
+    layers = pd.read_csv(folder / "layers.csv")
+    assert list(layers["model"].unique()) == ["cnn_small", "cnn_tiny"]
+    printed = capsys.readouterr().out
+    assert "counted with 1,000 outputs" in printed
+    small, tiny = (one["params"] for one in read_json(folder / "totals.json").values())
+    assert f"{tiny / small:.2f}" in printed  # second / first
+    larger = read_json(profile.show(["cnn_tiny"], params, input_size=64, root=tmp_path) / "totals.json")["cnn_tiny"]
+    own = read_json(folder / "totals.json")["cnn_tiny"]
+    head = 64 * 1000
+    assert larger["macs"] - head == 4 * (own["macs"] - head)
+    with pytest.raises(PleatError, match=r"cnn_tiny cannot take images of 8 pixels .* use 16 or more"):
+        profile.show(["cnn_tiny"], params, input_size=8, root=tmp_path)
+    with pytest.raises(PleatError, match=r"has a model named 'cnn_tyny'; near names: cnn_tiny"):
+        profile.show(["cnn_tyny"], params, root=tmp_path)
+
+
+def test_a_small_cnn_is_profiled_without_timm_or_pictures(tmp_path: Path) -> None:
+    shutil.copy(REPOSITORY / "params.yaml", tmp_path)
+    command = [PLEAT[0], "-X", "importtime", *PLEAT[1:], "profile", "cnn_tiny"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "reports/profile/cnn_tiny/index.html" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in loaded
+    assert not loaded & {"timm", "matplotlib", "sklearn", "mlflow"}
+    assert all(line.startswith("import time:") for line in done.stderr.splitlines())  # and nothing else on stderr

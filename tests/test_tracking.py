@@ -110,6 +110,13 @@ def test_pages_and_tables_are_artifacts(finished: Path) -> None:
     client, found = MlflowClient(uri), runs(uri)
     report = {Path(item.path).name for item in client.list_artifacts(found[MODEL].info.run_id, "report")}
     assert {"index.html", "per_class.csv", "confusion.png", "curves.png"} <= report
+    costs = {Path(item.path).name for item in client.list_artifacts(found[MODEL].info.run_id, "complexity")}
+    assert costs == {"index.html", "layers.csv", "totals.json"}
+    layers = pd.read_csv(finished / "reports" / "complexity" / MODEL / "layers.csv")
+    logged = found[MODEL].data.metrics
+    assert (logged["flops"], logged["bytes_moved"]) == (2 * layers["macs"].sum(), layers["bytes_moved"].sum())
+    assert logged["receptive_field_px"] > 1
+    assert f"complexity/{MODEL}/index.html" in (finished / "reports" / "index.html").read_text()
     landing = {Path(item.path).name for item in client.list_artifacts(found["pipeline sample"].info.run_id, "report")}
     assert {"index.html", "leaderboard.csv", "quality_against_macs.png", "split"} <= landing
 

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from pipeline_steps.serving.upright import upright_rgb
+from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
     from pipeline_steps.compare import Choice
@@ -134,6 +135,7 @@ def landing_page(
         classes=[(*key, list(row)) for key, row in zip(class_f1.index, class_f1.values, strict=True)],
         models=models,
         has_page={model: (reports / "models" / model / "index.html").exists() for model in models},
+        has_cost={model: (reports / "complexity" / model / "index.html").exists() for model in models},
         counts=counts,
         links=[(target, title) for target, title in links if (reports / target).exists()],
         picture={name: embedded_png(reports / f"{name}.png") for name in ("quality_against_macs", "f1_by_fold")},
@@ -189,14 +191,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"score": _score, "unit": _unit, "heat": _heat, "bars": _bars}
+    environment.filters |= {"score": _score, "unit": with_unit, "heat": _heat, "bars": _bars}
     return environment
-
-
-def _unit(count: float) -> str:
-    from pipeline_steps.plots_compare import with_unit
-
-    return with_unit(count)
 
 
 def _score(value: float | None, form: str = ".3f") -> str:

@@ -1,0 +1,104 @@
+"""One image through a network on torch's meta device, which computes nothing: every operation with its cost and field.
+
+A network is run, not read, so control flow, functional calls and attention need no special treatment.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline_steps.complexity.field import Field
+from pipeline_steps.complexity.recorder import Functions, Layer, Recorder
+from pipeline_steps.errors import PleatError
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What one image costs.
+
+    Attributes:
+        layers: in the order in which they finish.
+        feature_map: name of the last layer whose positions still belong to parts of the image, before global pooling,
+            and what they depend on, as Araujo, Norris and Sim stop there; None: there is none.
+        whole: name of the first layer that sees the whole image, and its field; None: none does.
+        lost: name of the first layer through which the local field could not be followed, and its field; None: none.
+        notes: what the figures leave out.
+    """
+
+    layers: list[Layer]
+    feature_map: tuple[str, Field] | None
+    whole: tuple[str, Field] | None
+    lost: tuple[str, Field] | None
+    notes: list[str]
+
+
+def trace(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> Trace:
+    """Runs the network that `build` makes on one image of `shape` (channels, height, width), float32.
+
+    Where the control flow depends on the pixels, it runs on the CPU with random pixels instead, and a note says so.
+
+    Raises:
+        PleatError: the network fails on images of this shape.
+    """
+    with torch.device("meta"):
+        network = build().eval().requires_grad_(False)
+    try:
+        return _run(network, torch.zeros(1, *shape, device="meta"), [])
+    except Exception as error:  # each network fails in its own way
+        if not (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
+            raise _unfit(network, shape, error) from error
+    network = build().eval().requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    note = (
+        "The network decides by the values of the pixels what it computes. Counted is the path that one image of "
+        "random pixels takes; what other images run through is missing."
+    )
+    try:
+        return _run(network, torch.rand(1, *shape, generator=generator), [note])
+    except Exception as error:
+        raise _unfit(network, shape, error) from error
+
+
+def _unfit(network: nn.Module, shape: tuple[int, int, int], error: Exception) -> PleatError:
+    reason = " ".join(str(error).split())[:160] or type(error).__name__
+    return PleatError(
+        f"{type(network).__name__} cannot take images of {shape[1]} x {shape[2]} pixels ({reason}); use another size."
+    )
+
+
+def _run(network: nn.Module, image: Tensor, notes: list[str]) -> Trace:
+    recorder = Recorder(network, image)
+    with torch.no_grad(), _exact_attention(), recorder.modules(), Functions(recorder), recorder:
+        network(image)
+    layers = recorder.finish()
+    unknown = sorted({f"{name} in {layer.name or 'the network'}" for layer in layers for name in layer.uncounted})
+    seen = recorder.seen
+    return Trace(
+        layers,
+        _feature_map(recorder, layers),
+        next(((name, sees) for name, sees in seen if sees.whole), None),
+        next(((name, sees) for name, sees in seen if sees.lost), None),
+        notes + ([f"Not counted, as their cost is not known: {', '.join(unknown)}."] if unknown else []),
+    )
+
+
+def _feature_map(recorder: Recorder, layers: list[Layer]) -> tuple[str, Field] | None:
+    found = next(((name, sees) for name, sees in reversed(recorder.seen) if sees.rows is not None), None)
+    if found is None:
+        return None
+    gives = next((layer.gives for layer in reversed(layers) if layer.name == found[0]), None)
+    return (found[0], gives) if gives is not None and gives.rows is not None else found
+
+
+@contextmanager
+def _exact_attention() -> Iterator[None]:
+    """Without the fused encoder, which hides what it computes."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

@@ -1,0 +1,134 @@
+"""The effective receptive field against gradients by hand, what changes the field, and how times are attributed."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPOSITORY, load_params
+from torch import Tensor, nn
+
+from pipeline_steps import profile
+from pipeline_steps.complexity import effective, latency, variations
+from pipeline_steps.complexity.trace import trace
+from pipeline_steps.errors import PleatError
+from pipeline_steps.files import read_json
+
+SAMPLE = REPOSITORY / "data" / "raw" / "sample"
+
+
+def measured(network: nn.Module, size: int) -> effective.Effective:
+    found = trace(lambda: network, (1, size, size)).feature_map
+    assert found is not None
+    network = network.to_empty(device="cpu") if next(network.parameters()).is_meta else network
+    for weight in network.parameters():
+        nn.init.ones_(weight)
+    images = torch.rand(3, 1, size, size)
+    return effective.measure(network, found, images, list(images), "ones")
+
+
+def test_one_convolution_of_ones_sees_its_window_evenly() -> None:
+    found = measured(nn.Sequential(nn.Conv2d(1, 1, 5, padding=2, bias=False)), 11)
+    wanted = np.zeros((11, 11))
+    wanted[3:8, 3:8] = 1 / 25
+    np.testing.assert_allclose(found.energy, wanted)
+    assert (found.middle, found.theoretical_px) == ((5, 5), 5)
+    assert found.area_px == {0.5: 13, 0.9: 23}
+    assert found.side_px == {0.5: 5, 0.9: 5}
+
+
+def test_stacked_convolutions_see_the_middle_best() -> None:
+    """Two of 3 x 3 ones, the second with stride 2: the gradient along an axis is 1, 2, 3, 2, 1."""
+    network = nn.Sequential(nn.Conv2d(1, 2, 3, bias=False), nn.Conv2d(2, 1, 3, stride=2, bias=False))
+    found = measured(network, 15)
+    line = np.convolve([1, 1, 1], [1, 1, 1]) ** 2 / 19
+    row = 2 * (6 // 2)
+    wanted = np.zeros((15, 15))
+    wanted[row : row + 5, row : row + 5] = np.outer(line, line)
+    np.testing.assert_allclose(found.energy, wanted, atol=1e-12)
+    assert (found.middle, found.theoretical_px) == ((row + 2, row + 2), 5)
+    inner = np.outer(line[1:4], line[1:4]).sum()
+    assert 0.5 < inner < 0.9  # so the square of 3 pixels holds the half
+    assert found.side_px == {0.5: 3, 0.9: 5}
+
+
+def test_a_middle_that_nothing_reaches_is_told() -> None:
+    network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
+    found = trace(lambda: network, (1, 9, 9)).feature_map
+    assert found is not None
+    nn.init.constant_(network[0].weight, -1.0)  # type: ignore[arg-type]
+    nn.init.constant_(network[0].bias, -1.0)  # type: ignore[arg-type]
+    images = torch.rand(1, 1, 9, 9)
+    with pytest.raises(PleatError, match="No gradient comes back from the middle of 1"):
+        effective.measure(network, found, images, list(images), "negative")
+
+
+def test_on_images_of_a_folder(tmp_path: Path) -> None:
+    params = load_params({})
+    folder = profile.show(["cnn_tiny"], params, images=SAMPLE, root=tmp_path)
+    page = (folder / "index.html").read_text()
+    assert "random weights, on 16 images" in page
+    assert (folder / "effective_0.png").exists()
+    assert str(SAMPLE) not in page
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(PleatError, match="holds no image"):
+        profile.show(["cnn_tiny"], params, images=tmp_path / "empty", root=tmp_path)
+    (tmp_path / "empty" / "torn.jpg").write_bytes(b"\xff\xd8 no image")
+    with pytest.raises(PleatError, match=r"torn.jpg cannot be read as an image"):
+        profile.show(["cnn_tiny"], params, images=tmp_path / "empty", root=tmp_path)
+    with pytest.raises(PleatError, match="is for the effective receptive field of one model"):
+        profile.show(["cnn_tiny"], params, weights=tmp_path / "w.safetensors", root=tmp_path)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1),
+        nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.Conv2d(8, 16, 3, padding=1), nn.AdaptiveAvgPool2d(1),
+    )  # fmt: skip
+
+
+def test_what_changes_the_field_by_hand() -> None:
+    """r0 = sum((k - 1) * product of the strides before) + 1, for each change."""
+    found = variations.table(plain, (3, 32, 32)).set_index("change")
+    fields = found["receptive_field_px"].tolist()
+    as_it_is = 1 + 2 + 2 + 2 + 2 + 2 * 2
+    assert fields == [
+        as_it_is,
+        as_it_is + 2 + 2 + 2 + 2 * 2,  # the four kernels with stride 1
+        as_it_is - 2,  # the last kernel lies on pixels once more
+        as_it_is - 2,
+        as_it_is + 2,
+    ]
+    assert found["map"].tolist() == [16, 16, 32, 16, 16]
+    assert found["params"].diff().iloc[-1] == 2 * (8 * 8 * 9 + 8)  # one block twice, against none
+
+
+class Slow(nn.Module):
+    def __init__(self, seconds: float, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.seconds, self.inner = seconds, inner
+
+    def forward(self, values: Tensor) -> Tensor:
+        time.sleep(self.seconds)
+        return self.inner(values) if self.inner else values
+
+
+def test_a_layers_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "BUDGET_S", 0.3)
+    found = latency._of_batch(Slow(0.01, Slow(0.05)), torch.zeros(2, 3, 4, 4))
+    assert (found.batch, found.threads) == (2, torch.get_num_threads())
+    assert found.quartiles_ms[0] <= found.median_ms <= found.quartiles_ms[1]
+    assert found.median_ms >= 60
+    assert found.layers_ms["inner"] >= 50
+    assert 10 <= found.layers_ms[""] < found.layers_ms["inner"]
+
+
+def test_times_and_peaks_of_a_small_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(latency, "BUDGET_S", 0.1)
+    folder = profile.show(["cnn_tiny"], load_params({}), timed=True, root=tmp_path)
+    found = read_json(folder / "totals.json")["cnn_tiny"]
+    assert found["latency_ms_cpu_32"] > found["latency_ms_cpu_1"] > 0
+    page = (folder / "index.html").read_text()
+    assert "The ten most expensive layers, batch of 32" in page
+    assert (folder / "roofline_0.png").exists()
