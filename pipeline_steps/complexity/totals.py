@@ -3,7 +3,7 @@
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline_steps.params_models import CustomCnn, FrozenModel, Head, Model, ScratchModel
+from pipeline_steps.params_models import CustomCnn, Head, Model, ScratchModel
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 
 
@@ -26,7 +26,7 @@ def count(settings: Model, head: Head, n_outputs: int) -> dict[str, int]:
         else:
             from pipeline_steps.vision.timm_networks import load_network, preprocessing  # late: takes seconds
 
-            wanted = None if isinstance(settings, FrozenModel) else settings.input_size
+            wanted = settings.input_size
             head_on = "pooled" if isinstance(settings, ScratchModel) else settings.head_on
             size = preprocessing(settings.backbone, wanted).crop
             network = load_network(

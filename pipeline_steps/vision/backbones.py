@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipeline_steps.vision.timm_networks import HeadOn, Preprocessing, create, mean_std, preprocessing
+from pipeline_steps.vision.timm_networks import HeadOn, Preprocessing, create, mean_std, n_features, preprocessing
 
 GPU_BATCH = 256
 
@@ -36,16 +36,21 @@ class Backbone(nn.Module):
         return features
 
 
-def load_backbone(name: str, weights: Path | None, head_on: HeadOn = "pooled") -> tuple[Backbone, Preprocessing]:
+def load_backbone(
+    name: str, weights: Path | None, head_on: HeadOn = "pooled", input_size: int | None = None
+) -> tuple[Backbone, Preprocessing]:
     """Builds a timm backbone with pre-trained weights, from a .safetensors file or from timm's hub.
 
-    With `head_on` "logits" its features are the logits of the classes that it was trained on.
+    With `head_on` "logits" its features are the logits of the classes that it was trained on. Without `input_size` it
+    sees images of its own size.
 
     Raises:
-        PleatError: as `timm_networks.create`.
+        PleatError: as `timm_networks.create`, or it cannot take images of `input_size`.
     """
-    network = create(name, weights, pretrained=True, input_size=None, head_on=head_on)
-    return Backbone(network, *mean_std(name)), preprocessing(name, input_size=None)
+    if input_size:
+        n_features(name, input_size, head_on)
+    network = create(name, weights, pretrained=True, input_size=input_size, head_on=head_on)
+    return Backbone(network, *mean_std(name)), preprocessing(name, input_size)
 
 
 def extract(
