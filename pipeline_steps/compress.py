@@ -90,7 +90,7 @@ def _make(
     refused: dict[str, str],
 ) -> None:
     """Adds one version to `made` and `packages`, or the reason why there is none to `refused`."""
-    from pipeline_steps.complexity import compress
+    from pipeline_steps.complexity.compress import techniques
     from pipeline_steps.complexity.compress.refitted import Made, NotPossibleError
 
     source = getattr(technique, "of", None) or REFITTED
@@ -105,7 +105,7 @@ def _make(
                 say(f"compress: {name} ({technique.kind})")
                 with atomic_folder(folder) as out:
                     (out / "package").mkdir()
-                    found = compress.make(refitted, name, technique, packages[source], made[source], out / "package")
+                    found = techniques.make(refitted, name, technique, packages[source], made[source], out / "package")
                     write_json(out / "made.json", asdict(found))
             made[name], packages[name] = Made(**read_json(folder / "made.json")), folder / "package"
             return
