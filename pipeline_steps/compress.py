@@ -173,8 +173,11 @@ def _table(
         "size_bytes", "params", "macs", "input_size", *latencies, "told", "not_possible",
     ]  # fmt: skip
     table = pd.DataFrame(rows, columns=columns)
-    numbers = [name for name in columns if name not in ("name", "kind", "told", "not_possible")]
-    return table.astype(dict.fromkeys(numbers, float)).fillna({"told": "", "not_possible": ""})
+    counts = ["size_bytes", "params", "macs", "input_size"]
+    numbers = [name for name in columns if name not in ("name", "kind", *counts, "told", "not_possible")]
+    texts = dict.fromkeys(("told", "not_possible"), "object")
+    types = dict.fromkeys(numbers, "float64") | dict.fromkeys(counts, "Int64") | texts
+    return table.astype(types).fillna(dict.fromkeys(texts, ""))
 
 
 def _write_nothing(root: Path) -> None:
@@ -194,6 +197,8 @@ def _write(
     scored: "Mapping[str, Scored]",
     table: "pd.DataFrame",
 ) -> None:
+    import pandas as pd
+
     from pipeline_steps import compress_report, package
 
     root, params = refitted.root, refitted.settings_of_all
@@ -214,7 +219,7 @@ def _write(
             kept = ("f1_weighted", "size_bytes", "params", "macs", "latency_1_ms", "latency_32_ms")
             metrics[name] = {key: about[key] for key in kept if about.get(key) is not None}
         write_json(models / "names.json", list(metrics))
-        table["size_bytes"] = [rows[name]["size_bytes"] for name in table["name"]]
+        table["size_bytes"] = pd.array([rows[name]["size_bytes"] for name in table["name"]], dtype="Int64")
         write_csv(reports / "table.csv", table)
         compress_report.write_page(refitted, table, reports)
     write_json(root / MODELS.parent / "metrics.json", metrics)

@@ -64,7 +64,7 @@ def quality_against_cost(path: Path, table: pd.DataFrame) -> None:
     names = [short(name) for name in table["name"]]
     costs = [
         (table["latency_1_ms"].to_numpy(), "one image, quickest round (ms, log scale)", "Quality against time"),
-        (table["size_bytes"].to_numpy() / 1e6, "package on disk (MB, log scale)", "Quality against size"),
+        (table["size_bytes"].to_numpy(dtype=float) / 1e6, "package on disk (MB, log scale)", "Quality against size"),
     ]
     with figure(path, 9.6, 4.6) as drawing:
         for place, (cost, label, title) in enumerate(costs):

@@ -62,8 +62,8 @@ def make(refitted: Refitted, name: str, settings: Distilled, out: Path) -> Made:
         return changed, torch.cat([codes, rows], dim=1)
 
     told = (
-        f"{settings.student} in place of {refitted.model}, {settings.soft_share:.0%} of its loss from the answers of "
-        f"that model at temperature {settings.temperature:g}"
+        f"{settings.student} in place of {refitted.model}, trained for {training.max_epochs} epochs, "
+        f"{settings.soft_share:.0%} of its loss from the answers of that model at temperature {settings.temperature:g}"
     )
     return fit_anew(refitted, name, student, training, training.max_epochs, out, told, taught)
 

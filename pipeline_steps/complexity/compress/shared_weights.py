@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from onnx import ModelProto, NodeProto, TensorProto
 
 LEAST_WEIGHTS = 1024  # of a tensor: smaller ones save nothing worth a table
-ROUNDS = 100
+BINS = 4096
+N_STARTS = 3
 Values = npt.NDArray[np.float32]
 Bytes = npt.NDArray[np.uint8]
 
@@ -77,24 +78,24 @@ def _is_shared(item: "TensorProto") -> bool:
 def cluster(values: Values, clusters: int) -> tuple[Values, Bytes]:
     """k-means of numbers: the values that stand for all (k,), ascending, and which of them stands for each (n,).
 
-    Lloyd's algorithm, where a sorted line makes each step a search for the k - 1 borders, so that a layer of a million
-    weights takes a second; it starts from values spread evenly over the range (Deep Compression, section 3.2), which
-    keeps the rare large weights. Clusters that are left without a value are dropped.
+    scikit-learn's, on a fine histogram in place of the values, so that a layer of a million weights takes a tenth of a
+    second. Each weight then gets the nearest of the values found.
     """
-    ordered = np.sort(values.astype(np.float64))
-    sums = np.concatenate([[0.0], np.cumsum(ordered)])
-    centres = np.unique(np.linspace(ordered[0], ordered[-1], clusters))
-    for _ in range(ROUNDS):
-        borders = np.searchsorted(ordered, (centres[1:] + centres[:-1]) / 2)
-        ends = np.concatenate([[0], borders, [len(ordered)]])
-        counts = np.diff(ends)
-        moved = (np.diff(sums[ends])[counts > 0]) / counts[counts > 0]
-        if np.array_equal(moved, centres):
-            break
-        centres = moved
-    table = centres.astype(np.float32)
-    codes = np.searchsorted((centres[1:] + centres[:-1]) / 2, values.astype(np.float64))
-    return table, codes.astype(np.uint8)
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
+
+    exact = values.astype(np.float64)
+    counts, edges = np.histogram(exact, BINS)
+    sums, _ = np.histogram(exact, edges, weights=exact)
+    filled = counts > 0
+    means = (sums[filled] / counts[filled])[:, np.newaxis]
+    with threadpool_limits(1):  # sums of several threads differ in their last digits from run to run
+        found = KMeans(min(clusters, len(means)), n_init=N_STARTS, random_state=0).fit(
+            means, sample_weight=counts[filled]
+        )
+    table = np.unique(found.cluster_centers_.astype(np.float32))
+    borders = (table[1:].astype(np.float64) + table[:-1]) / 2
+    return table, np.searchsorted(borders, exact).astype(np.uint8)
 
 
 def pack(codes: Bytes, n_values: int) -> Bytes:
