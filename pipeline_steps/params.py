@@ -180,7 +180,7 @@ class Params(Strict):
     split: Split
     models: dict[Name, Model]
     training: dict[Name, Training]
-    compress: Compress = Compress()
+    compress: Compress
     promotion: Promotion
     inbox: Inbox
 

@@ -89,8 +89,8 @@ Technique = Annotated[
 class Compress(Strict):
     """Techniques by a name of one's own, and the one whose result is registered (null: the refitted model itself)."""
 
-    techniques: dict[Name, Technique] = Field(default_factory=dict)
-    candidate: Name | None = None
+    techniques: dict[Name, Technique]
+    candidate: Name | None
 
     @field_validator("techniques")
     @classmethod
