@@ -174,7 +174,7 @@ training:
     mirror: true
 compress:
   techniques: {}
-  candidate:
+  candidate: null
 promotion:
   model: other
   mode: dry_run
