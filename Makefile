@@ -80,4 +80,4 @@ lock-check: .venv-uv/bin/uv
 
 clean: ## remove the environment and what the pipeline wrote (raw batches and DVC's cache stay)
 	rm -rf .venv .venv-uv .pleat reports data/ingest data/validate data/split data/prepare data/train \
-		data/evaluate data/profile data/compare data/refit
+		data/evaluate data/profile data/compare data/refit data/compress

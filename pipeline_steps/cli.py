@@ -63,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("evaluate", "Score a model's out-of-fold predictions: metrics with spread, pictures, worst mistakes."),
         ("compare", "Write the leaderboard, the quality-against-cost plot and the report page."),
         ("refit", "Train the chosen model on everything but the holdout; score it there and package it."),
+        ("compress", "Make the cheaper versions of the refitted model that params.yaml asks for; score and time them."),
         ("register", "Judge the refitted model against the champion; register and promote it in MLflow."),
     ):
         stage = commands.add_parser(
@@ -339,6 +340,17 @@ def _refit(_: argparse.Namespace) -> None:
     from pipeline_steps import refit
 
     refit.run(params.load())
+
+
+def _compress(_: argparse.Namespace) -> None:
+    from pipeline_steps import compress
+
+    loaded = params.load()
+    if compress.run(loaded) is not None:
+        from pipeline_steps.tracking import Tracker, tolerant
+
+        with tolerant():
+            Tracker(loaded).compress()
 
 
 def _register(_: argparse.Namespace) -> None:

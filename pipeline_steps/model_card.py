@@ -86,6 +86,7 @@ def collect(
         sections.append(section)
     return {
         "model": model,
+        "compression": None,
         "told": _told(targets),
         "data_version": data_version,
         "batches": params.experiment.batches,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_steps import serving
-from pipeline_steps.files import write_json
+from pipeline_steps.files import read_json, write_json
 from pipeline_steps.targets import Target
 
 SERVING = Path(__file__).parent / "serving"
@@ -87,6 +87,23 @@ def write(folder: Path, network: Answering, size: int, about: dict[str, Any], ex
     (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()))
     (folder / "example.jpg").write_bytes(example)
     _write_code(folder)
+
+
+def write_other_graph(folder: Path, source: Path, graph: bytes, about: Mapping[str, Any]) -> None:
+    """Writes the package `source` with another graph, which holds its own weights; there is no state.safetensors.
+
+    Args:
+        folder: exists and is empty.
+        source: a package.
+        graph: an ONNX file with the same input and outputs.
+        about: added to the content of about.json.
+    """
+    for path in source.iterdir():
+        if path.name not in ("about.json", "network.onnx", "state.safetensors", "README.md"):
+            copy = shutil.copytree if path.is_dir() else shutil.copyfile
+            copy(path, folder / path.name)
+    (folder / "network.onnx").write_bytes(graph)
+    write_json(folder / "about.json", read_json(source / "about.json") | dict(about))
 
 
 def requirements() -> list[str]:

@@ -10,12 +10,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 from pipeline_steps.errors import PleatError
+from pipeline_steps.params_compress import Compress, Distilled
 from pipeline_steps.params_errors import sentence, shown
+from pipeline_steps.params_models import NAME as NAME
 from pipeline_steps.params_models import Augment, Fraction, Model, Strict, Training
+from pipeline_steps.params_models import Name as Name
 
-# Names become folders, DVC stage names (`train@MODEL-FOLD`) and MLflow run names.
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
-Name = Annotated[str, Field(pattern=NAME, max_length=80)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Ratio = Annotated[float, Field(gt=0)]
 Format = Literal["auto", "clothing_csv", "class_folders", "attribute_lists", "colour_garment"]
@@ -180,6 +180,7 @@ class Params(Strict):
     split: Split
     models: dict[Name, Model]
     training: dict[Name, Training]
+    compress: Compress
     promotion: Promotion
     inbox: Inbox
 
@@ -211,6 +212,16 @@ class Params(Strict):
                 if name not in defined:
                     known = ", ".join(sorted(defined)) or "none"
                     raise ValueError(f"`experiment.models` names '{name}', but `{block}` defines {known}")
+        return self
+
+    @model_validator(mode="after")
+    def _students_exist(self) -> "Params":
+        for technique, settings in self.compress.techniques.items():
+            for block, defined in (("models", self.models), ("training", self.training)):
+                if isinstance(settings, Distilled) and settings.student not in defined:
+                    known = ", ".join(sorted(defined)) or "none"
+                    key = f"compress.techniques.{technique}.student"
+                    raise ValueError(f"`{key}` is '{settings.student}', but `{block}` defines {known}")
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from typing import Any
 
 LONGEST_VALUE_SHOWN = 80
 KINDS = {
+    "compress": "'int8', 'shared_weights', 'smaller_input', 'fewer_filters', 'pruned' or 'distilled'",
     "models": "'frozen' or 'custom_cnn'",
     "targets": "'multiclass' or 'multilabel'",
     "training": "'cross_entropy', 'focal' or 'asymmetric'",  # of a loss
@@ -20,7 +21,7 @@ def sentence(error: Any, where: str) -> str:
     # Where a block's `kind` chooses its keys, pydantic adds the kind to the path; it is no key of the file.
     if location[:1] in (["models"], ["targets"]):
         del location[2:3]
-    elif location[:1] == ["training"] and location[2:3] == ["loss"]:
+    elif location[:2] == ["compress", "techniques"] or (location[:1] == ["training"] and location[2:3] == ["loss"]):
         del location[3:4]
     key = ".".join(map(str, location))
     if kind in ("extra_forbidden", "invalid_key"):

@@ -7,6 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, model_validator
 
+# Names become folders, DVC stage names (`train@MODEL-FOLD`) and MLflow run names.
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.]*$"
+Name = Annotated[str, Field(pattern=NAME, max_length=80)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Factor = Annotated[float, Field(gt=0, le=1)]
 InputSize = Annotated[int, Field(ge=8)]

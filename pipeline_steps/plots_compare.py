@@ -65,7 +65,7 @@ def quality_against_macs(path: Path, board: pd.DataFrame, n_targets: int) -> Non
         axes.set_ylabel(f"weighted F1{_of_targets(n_targets)}{spread}")
         axes.set_title("Quality against cost; line and filled dots: Pareto front", loc="left")
         drawing.draw_without_rendering()
-        _label_points(axes, macs, score, error, front, [short(name) for name in board["model"]])
+        label_points(axes, macs, score, error, front, [short(name) for name in board["model"]])
 
 
 def _ticks(axes: Axes) -> None:
@@ -80,15 +80,26 @@ def _ticks(axes: Axes) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(lambda macs, _: with_unit(macs)))
 
 
-def _label_points(axes: Axes, x: Floats, y: Floats, error: Floats, front: Sequence[int], names: Sequence[str]) -> None:
-    """Puts each name at a free place near its point, with a thin line where it had to move away."""
+def label_points(axes: Axes, x: Floats, y: Floats, error: Floats, front: Sequence[int], names: Sequence[str]) -> None:
+    """Puts each name at a free place near its point, with a thin line where it had to move away.
+
+    Args:
+        axes: drawn before, so that places in pixels are known.
+        x: of the n points.
+        y: of the n points.
+        error: of y, below and above (2, n).
+        front: places of the points that a stepped line joins, which names should not cover; may be empty.
+        names: of the n points.
+    """
     to_pixels = axes.transData.transform
     points = to_pixels(np.column_stack([x, y]))
     ends = np.hstack([to_pixels(np.column_stack([x, y - error[0]])), to_pixels(np.column_stack([x, y + error[1]]))])
     bars = [Bbox([[left - 9, bottom - 3], [left + 9, top + 3]]) for left, bottom, _, top in ends]
     steps = [corner for one, two in pairwise(front) for corner in ((x[one], y[one]), (x[two], y[one]))]
-    corners = to_pixels([*steps, (x[front[-1]], y[front[-1]])])
-    lines = [Bbox([np.minimum(one, two) - 1, np.maximum(one, two) + 1]) for one, two in pairwise(corners)]
+    lines: list[Bbox] = []
+    if front:
+        corners = to_pixels([*steps, (x[front[-1]], y[front[-1]])])
+        lines = [Bbox([np.minimum(one, two) - 1, np.maximum(one, two) + 1]) for one, two in pairwise(corners)]
     sizes: list[Floats] = []
     for name in names:
         probe = axes.text(x[0], y[0], name)

@@ -24,11 +24,14 @@ if TYPE_CHECKING:
 IMAGES_A_CHUNK = 256
 
 
-def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
+def run(params: Params, model: str, batch: str, root: Path = Path(), to: Path | None = None) -> None:
     """Writes data/prepare/MODEL/BATCH: inputs.npy, sample_ids.json and inputs.json.
 
     inputs.npy is float32 (n, 2, n_features) for a frozen backbone, plain and mirrored view; uint8 (n, 3, size, size)
     for a network that is trained on pixels. Row i belongs to sample_ids[i].
+
+    Args:
+        to: the folder that data/prepare lies in; None: `root`.
 
     Raises:
         PleatError: timm does not know the network, its weights cannot be had or do not fit, it cannot take images of
@@ -38,7 +41,7 @@ def run(params: Params, model: str, batch: str, root: Path = Path()) -> None:
     pack = root / "data" / "ingest" / batch / "images.arrow"
     if not pack.is_file():
         raise PleatError(f"{pack} is missing: the stage ingest has not run; run `dvc repro`.")
-    title, place = f"prepare {model} on {batch}", root / "data" / "prepare" / model / batch
+    title, place = f"prepare {model} on {batch}", (to or root) / "data" / "prepare" / model / batch
     with pa.memory_map(str(pack)) as source, atomic_folder(place) as out, ExitStack() as leased:
         table = pa.ipc.open_file(source).read_all()
         ids = table["sample_id"].to_pylist()

@@ -148,7 +148,7 @@ def _write(
     fitted: Fitted,
 ) -> dict[str, Any]:
     model = about["model"]
-    whole, size, preprocessing = _whole(params.models[model], network, root)
+    whole, size, preprocessing = whole_network(params.models[model], network, root)
     travels = {
         "model": model,
         "preprocessing": preprocessing,
@@ -179,7 +179,7 @@ def _write(
     return about
 
 
-def _whole(settings: Model, network: torch.nn.Module, root: Path) -> tuple[torch.nn.Module, int, dict[str, Any]]:
+def whole_network(settings: Model, network: torch.nn.Module, root: Path) -> tuple[torch.nn.Module, int, dict[str, Any]]:
     """The network from pixels to logits, its input size, and the arguments of `resize_crop` that lead there."""
     if isinstance(settings, CustomCnn):
         size = settings.input_size

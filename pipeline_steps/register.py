@@ -1,5 +1,7 @@
 """Stage `register`: the refitted model is judged against the champion, and takes its place where it is better.
 
+With `compress.candidate` it is that cheaper version of the model.
+
 It runs every time, since the registry lies outside of DVC; what was judged before costs only a few questions, and none
 where the store is a local file that nobody has written to since.
 """
@@ -11,6 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeline_steps.compress import candidate
 from pipeline_steps.files import atomic_folder, read_json, write_json, write_text
 from pipeline_steps.params import Params
 from pipeline_steps.progress import say
@@ -56,7 +59,9 @@ class Report:
 
 
 def run(params: Params, root: Path = Path()) -> Outcome:
-    """Registers data/refit/package as a version, judges it, writes the history and reports/registration.
+    """Registers the package as a version, judges it, writes the history and reports/registration.
+
+    The package is data/refit/package, or that of `compress.candidate`.
 
     What was judged before against the same champion, rows and settings is not judged again. Where another model became
     champion in the meantime, the candidate is judged again against that one.
@@ -64,7 +69,7 @@ def run(params: Params, root: Path = Path()) -> Outcome:
     Raises:
         PleatError: the stage refit has not run, or MLflow cannot be reached (temporary).
     """
-    about = read_json(root / "data" / "refit" / "metrics.json")
+    about, packaged = candidate(params, root)
     basis = {"promotion": params.promotion.model_dump(), "holdout": about["holdout"]}
     key = digest(json.dumps(basis, sort_keys=True), about["package"])
     last = _remembered(root, key)
@@ -78,12 +83,12 @@ def run(params: Params, root: Path = Path()) -> Outcome:
     with reachable():
         registry = Registry(params.promotion.model)
         if params.promotion.mode == "dry_run":
-            outcome = _dry_run(params, root, registry)
+            outcome = _dry_run(params, root, registry, packaged)
         else:
             run_id = Tracker(params, root).refit(about)
             version = registry.version_of(about["package"])
             known = _known(registry, version, basis) if version else None
-            outcome = known or _judge(params, root, registry, about, run_id, basis)
+            outcome = known or _judge(params, root, registry, about, packaged, run_id, basis)
     report = _report(params, outcome)
     _write(root, report)
     if outcome.event:
@@ -128,11 +133,11 @@ def _known(registry: "Registry", version: str, basis: dict[str, Any]) -> Outcome
     return None
 
 
-def _dry_run(params: Params, root: Path, registry: "Registry") -> Outcome:
+def _dry_run(params: Params, root: Path, registry: "Registry", packaged: Path) -> Outcome:
     from pipeline_steps import judging
 
     with tempfile.TemporaryDirectory(prefix="pleat-register-") as scratch:
-        candidate = registry.save(root / "data" / "refit" / "package", Path(scratch) / "candidate")
+        candidate = registry.save(packaged, Path(scratch) / "candidate")
         champion = registry.champion()
         folder = _fetch(registry, champion, Path(scratch))
         verdict = judging.verdict(params, root, CANDIDATE, candidate, champion, folder)
@@ -140,14 +145,23 @@ def _dry_run(params: Params, root: Path, registry: "Registry") -> Outcome:
 
 
 def _judge(
-    params: Params, root: Path, registry: "Registry", about: dict[str, Any], run_id: str, basis: dict[str, Any]
+    params: Params,
+    root: Path,
+    registry: "Registry",
+    about: dict[str, Any],
+    packaged: Path,
+    run_id: str,
+    basis: dict[str, Any],
 ) -> Outcome:
     from pipeline_steps import judging
 
-    packaged = root / "data" / "refit" / "package"
     travels = read_json(packaged / "about.json")
     tags = {f"pleat.{name}": str(travels[name]) for name in ("model", "data_version")}
     tags["pleat.code_version"] = code_version(root)
+    told = ""
+    if "compression" in travels:
+        tags["pleat.compression"] = travels["compression"]["name"]
+        told = f"A cheaper version of {travels['model']}: {travels['compression']['told']}. "
     version = registry.register(packaged, about["package"], run_id, tags)
     with tempfile.TemporaryDirectory(prefix="pleat-register-") as scratch:
         candidate = _fetch(registry, version, Path(scratch))
@@ -166,7 +180,7 @@ def _judge(
             now = registry.champion()
             say(f"register: version {now} became champion meanwhile; version {version} is judged again, against it")
     judged = {"pleat.verdict": kind, "pleat.judged_against": champion or "none"}
-    registry.describe(version, f"{kind.capitalize()}. " + " ".join(verdict.reasons), judged)
+    registry.describe(version, f"{kind.capitalize()}. {told}" + " ".join(verdict.reasons), judged)
     return Outcome(version, registry.champion(), kind, verdict.decision, verdict.reasons, evidence)
 
 

@@ -164,28 +164,41 @@ class Tracker:
             self.client.set_tag(part.info.run_id, "pleat.pipeline_run", run_id)
             self.client.set_tag(run_id, f"pleat.model_run.{model}", part.info.run_id)
         for file in sorted((self.root / "reports").glob("*.*")):
-            if file.suffix == ".html":  # MLflow shows it alone, so links to pages beside it would lead nowhere
-                text = LINK.sub(r"\1", file.read_text(encoding="utf-8"))
-                self.client.log_text(run_id, text, f"report/{file.name}")
-            else:
-                self.client.log_artifact(run_id, str(file), "report")
+            self._log_page(run_id, file, "report")
         self.client.log_artifacts(run_id, str(self.root / "reports" / "split"), "report/split")
         self._finish(run)
 
     def refit(self, about: Mapping[str, Any]) -> str:
-        """The run that the refitted model belongs to, below the pipeline's; `about` is data/refit/metrics.json."""
+        """The run that the refitted model, or a cheaper version of it, belongs to, below the pipeline's.
+
+        Args:
+            about: data/refit/metrics.json, or data/compress/models/NAME/metrics.json.
+        """
         pipeline, _ = self._pipeline_run()
-        model, key = about["model"], digest("refit", about["package"])
-        run = self._find_or_create(f"{model} refit", key, "refit", model, pipeline.info.run_id)
+        model, key, version = about["model"], digest("refit", about["package"]), about.get("technique")
+        kind = "compressed" if version else "refit"
+        run = self._find_or_create(f"{model} {version or kind}", key, kind, model, pipeline.info.run_id)
         if run.info.status != "FINISHED":
             scores = by_target(
                 holdout_scores(about), {name: holdout_scores(own) for name, own in about.get("targets", {}).items()}
             )
-            counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout")}
+            costs = ("size_bytes", "params", "macs", "input_size", "latency_1_ms", "latency_32_ms")
+            counts = {name: about[name] for name in ("epochs", "n_train", "n_holdout", *costs) if name in about}
             self.client.log_batch(run.info.run_id, metrics=_metrics({**counts, **scores}, step=0))
-            self.client.log_artifacts(run.info.run_id, str(self.root / "reports" / "model_card"), "model_card")
+            reports = self.root / "reports"
+            card = reports / "compression" / version if version else reports / "model_card"
+            self.client.log_artifacts(run.info.run_id, str(card), "model_card")
             self._finish(run)
         return str(run.info.run_id)
+
+    def compress(self) -> None:
+        """Logs each cheaper version as a run below the pipeline's, and their table, picture and page with that one."""
+        models = self.root / "data" / "compress" / "models"
+        for name in read_json(models / "names.json"):
+            self.refit(read_json(models / name / "metrics.json"))
+        pipeline, _ = self._pipeline_run()
+        for file in sorted((self.root / "reports" / "compression").glob("*.*")):
+            self._log_page(pipeline.info.run_id, file, "report/compression")
 
     def sync(self) -> str | None:
         """Logs whatever finished stages have left in this folder and MLflow does not have.
@@ -206,7 +219,17 @@ class Tracker:
         run, _ = self._pipeline_run()
         if run.info.status != "FINISHED":
             self.pipeline()
+        names = data / "compress" / "models" / "names.json"
+        if names.exists() and read_json(names):
+            self.compress()
         return str(run.info.run_id)
+
+    def _log_page(self, run_id: str, file: Path, place: str) -> None:
+        """Logs a file; of a page, which MLflow shows alone, links to pages beside it would lead nowhere."""
+        if file.suffix == ".html":
+            self.client.log_text(run_id, LINK.sub(r"\1", file.read_text(encoding="utf-8")), f"{place}/{file.name}")
+        else:
+            self.client.log_artifact(run_id, str(file), place)
 
     def _finish(self, run: Run) -> None:
         if run.info.status != "FINISHED":  # else its end and so its duration would move

@@ -138,7 +138,7 @@ def test_tasks_say_what_they_are(home: Path, project: Path) -> None:
     tasks = json.loads(printed.removesuffix("True"))
     assert all(text and owner == "pleat" and retries > 0 for text, owner, _, retries in tasks.values())
     assert "pleat train" in tasks["train"][0]
-    assert {name for name, (*_, pool, _) in tasks.items() if pool == "gpu"} == {"prepare", "train", "refit"}
+    assert {name for name, (*_, pool, _) in tasks.items() if pool == "gpu"} == {"prepare", "train", "refit", "compress"}
 
 
 TEST_RUN = """

@@ -15,7 +15,10 @@ from workspace import check, copy_checkout, environment, lock, run, stages_run, 
 
 MODELS = ["cnn_small", "cnn_tiny"]
 FOLDS = [0, 1]
-STAGES = {"ingest", "validate", "split", "prepare", "train", "evaluate", "profile", "compare", "refit", "register"}
+STAGES = {
+    "ingest", "validate", "split", "prepare", "train", "evaluate", "profile", "compare", "refit", "compress",
+    "register",
+}  # fmt: skip
 # What does not depend on when or where the pipeline ran (Data Docs hold times).
 REPRODUCIBLE = (
     "data/ingest",
@@ -88,7 +91,7 @@ def test_another_head_runs_only_its_own_folds(finished: Path, tmp_path: Path) ->
     use_quick(folder, "training.cnn_tiny.max_epochs=5")
     ran = stages_run(check(folder, "dvc", "repro"))
     folds = {f"train@cnn_tiny-{fold}" for fold in FOLDS}
-    assert ran == folds | {"evaluate@cnn_tiny", "compare", "refit", "register"}
+    assert ran == folds | {"evaluate@cnn_tiny", "compare", "refit", "compress", "register"}
     assert lock(folder)["train@cnn_small-0"] == before["train@cnn_small-0"]
     # Back to the first settings: everything comes from DVC's cache.
     use_quick(folder)

@@ -172,6 +172,9 @@ training:
     class_weights: none
     weight_average: 0.0
     mirror: true
+compress:
+  techniques: {}
+  candidate: null
 promotion:
   model: other
   mode: dry_run

@@ -1,0 +1,268 @@
+"""Stage `compress`: what its versions are, how they are scored, and that it can be interrupted and switched off."""
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pandas as pd
+import pytest
+import torch
+from conftest import content
+from onnx.numpy_helper import to_array
+from refit_workspace import CLASSES, CNN, TRAINING, drawn, encoded_images, folds, make
+from refit_workspace import settings as refit_settings
+from sklearn.metrics import f1_score
+
+from pipeline_steps import compress, package, refit, register
+from pipeline_steps.complexity.compress import techniques
+from pipeline_steps.errors import PleatError
+from pipeline_steps.files import read_json
+from pipeline_steps.params import Params
+from pipeline_steps.serving.classifier import Classifier
+from pipeline_steps.serving.images import decode, resize_crop
+
+WIDE = CNN | {"blocks": [{"filters": 16, "kernel": 3, "pool": 2}, {"filters": 32, "kernel": 3, "pool": 2}]}
+STUDENT = CNN | {"input_size": 16}
+TECHNIQUES: dict[str, Any] = {
+    "int8": {"kind": "int8", "calibration_images": 16},
+    "shared": {"kind": "shared_weights", "clusters": 12},
+    "small": {"kind": "smaller_input", "input_size": 20},
+    "narrow": {"kind": "fewer_filters", "width": 0.25},
+    "pruned": {"kind": "pruned", "share": 0.5, "epochs": 2, "batch_size": 8},
+    "pruned_int8": {"kind": "int8", "of": "pruned"},
+    "taught": {"kind": "distilled", "student": "student", "soft_share": 0.5},
+    "larger": {"kind": "smaller_input", "input_size": 64},
+    "larger_int8": {"kind": "int8", "of": "larger"},
+}
+
+
+def params(candidate: str | None = None, chosen: list[str] | None = None) -> Params:
+    listed = {name: settings for name, settings in TECHNIQUES.items() if chosen is None or name in chosen}
+    return refit_settings(
+        **{
+            "models": {"chosen": WIDE, "student": STUDENT},
+            "training": {"chosen": TRAINING, "student": TRAINING | {"max_epochs": 2}},
+            "compress": {"techniques": listed, "candidate": candidate},
+            "promotion.floors": {"f1_weighted": 0.0, "f1_macro": 0.0},
+            "split.holdout.fraction": 0.25,
+        }
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """The last digits depend on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def refitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after `refit`."""
+    root = make(tmp_path_factory.mktemp("refitted"), params(), drawn())
+    refit.run(params(), root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def done(refitted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace after `compress` with every technique; tests only read it."""
+    root = copy(refitted, tmp_path_factory.mktemp("done"))
+    compress.run(params("int8"), root)
+    return root
+
+
+def copy(prepared: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(prepared, folder / "workspace"))
+
+
+@pytest.fixture
+def fresh(refitted: Path, tmp_path: Path) -> Path:
+    return copy(refitted, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def table(done: Path) -> pd.DataFrame:
+    return pd.read_csv(done / "reports" / "compression" / "table.csv").set_index("name")
+
+
+def packaged(root: Path, name: str) -> Path:
+    return (
+        root / "data" / "refit" / "package" if name == "refitted" else root / "data/compress/models" / name / "package"
+    )
+
+
+def weights(root: Path, name: str) -> dict[str, np.ndarray]:
+    graph = onnx.load(packaged(root, name) / "network.onnx")
+    return {item.name: to_array(item) for item in graph.graph.initializer}
+
+
+def convolutions(root: Path, name: str) -> list[tuple[int, ...]]:
+    """Shapes of the weights of the convolutions, by the order in which they are read; the two views share them."""
+    graph = onnx.load(packaged(root, name) / "network.onnx").graph
+    shapes = {item.name: tuple(item.dims) for item in graph.initializer}
+    return list(dict.fromkeys(shapes[node.input[1]] for node in graph.node if node.op_type == "Conv"))
+
+
+def holdout_probabilities(root: Path, name: str) -> tuple[pd.DataFrame, np.ndarray]:
+    """Rows of the holdout and what the graph answers, without the code that serves it."""
+    rows = folds(root)
+    rows = rows[rows["side"] == "holdout"]
+    seen = read_json(packaged(root, name) / "about.json")["preprocessing"]
+    pixels = [resize_crop(decode(image, True), **seen).numpy() for image in encoded_images(root, rows.index)]
+    session = onnxruntime.InferenceSession(packaged(root, name) / "network.onnx", providers=["CPUExecutionProvider"])
+    return rows, session.run(None, {"pixels": np.stack(pixels)})[0]
+
+
+MADE = [name for name in TECHNIQUES if not name.startswith("larger")]
+
+
+@pytest.mark.parametrize("name", ["refitted", *MADE])
+def test_scores_are_of_the_same_holdout_and_sizes_of_the_files(name: str, done: Path, table: pd.DataFrame) -> None:
+    rows, probability = holdout_probabilities(done, name)
+    predicted = np.array(sorted(CLASSES))[probability.argmax(1)]
+    expected = f1_score(rows["label"], predicted, average="weighted", zero_division=0.0)
+    assert table["f1_weighted"][name] == pytest.approx(expected, abs=1e-5)
+    change = table["f1_weighted"][name] - table["f1_weighted"]["refitted"]
+    assert table["f1_change"][name] == pytest.approx(change, abs=1e-5)
+    assert table["f1_change_low"][name] <= table["f1_change"][name] <= table["f1_change_high"][name]
+    files = sum(path.stat().st_size for path in packaged(done, name).rglob("*") if path.is_file())
+    assert table["size_bytes"][name] == files
+    for batch in (1, 32):
+        quickest, middle, slowest = (table[f"latency_{batch}_ms{end}"][name] for end in ("", "_median", "_slowest"))
+        assert 0 < quickest <= middle <= slowest
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_each_version_answers_images_and_says_what_it_is(name: str, done: Path) -> None:
+    row = folds(done).index[:3]
+    classifier = Classifier(packaged(done, name))
+    answers = list(classifier.probabilities(encoded_images(done, row)))
+    assert all(isinstance(answer, dict) and answer["label"].sum() == pytest.approx(1, abs=0.02) for answer in answers)
+    assert classifier.about["compression"]["name"] == name
+    card = (packaged(done, name) / "README.md").read_text()
+    assert f"A cheaper version of that model, {name}: {classifier.about['compression']['told']}." in card
+    about = read_json(done / "data/compress/models" / name / "metrics.json")
+    assert about["package"] == package.digest(packaged(done, name))
+    assert about["holdout"] == read_json(done / "data/refit/metrics.json")["holdout"]
+
+
+def test_int8_runs_in_integers_and_answers_nearly_the_same(done: Path, tmp_path: Path) -> None:
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "ran.onnx")
+    onnxruntime.InferenceSession(packaged(done, "int8") / "network.onnx", options, providers=["CPUExecutionProvider"])
+    ran = [node.op_type for node in onnx.load(tmp_path / "ran.onnx").graph.node]
+    assert ran.count("QLinearConv") == 4, "two convolutions in each of the two views"
+    assert "Conv" not in ran
+    kinds = {values.dtype for values in weights(done, "int8").values() if values.size >= 200}
+    assert kinds == {np.dtype(np.int8)}
+    assert not (packaged(done, "int8") / "state.safetensors").exists()
+    before, after = (holdout_probabilities(done, name)[1] for name in ("refitted", "int8"))
+    assert 1e-6 < np.abs(before - after).max() < 0.08
+
+
+def test_narrower_pruned_and_smaller_networks_have_the_shapes_and_macs_of_the_formula(
+    done: Path, table: pd.DataFrame
+) -> None:
+    def macs(first: int, second: int, size: int) -> int:
+        return 9 * 3 * first * size**2 + 9 * first * second * (size // 2) ** 2 + second * len(CLASSES)
+
+    assert convolutions(done, "refitted") == [(16, 3, 3, 3), (32, 16, 3, 3)]
+    assert table["macs"]["refitted"] == macs(16, 32, 32)
+    assert convolutions(done, "narrow") == [(4, 3, 3, 3), (8, 4, 3, 3)]
+    assert table["macs"]["narrow"] == macs(4, 8, 32)
+    assert convolutions(done, "pruned") == [(8, 3, 3, 3), (16, 8, 3, 3)]
+    assert table["macs"]["pruned"] == table["macs"]["pruned_int8"] == macs(8, 16, 32)
+    assert convolutions(done, "small") == convolutions(done, "refitted")
+    assert table["macs"]["small"] == macs(16, 32, 20)
+    assert table["input_size"]["small"] == 20
+    assert convolutions(done, "taught") == [(8, 3, 3, 3), (12, 8, 3, 3)]
+    assert table["macs"]["taught"] == macs(8, 12, 16)
+
+
+def test_what_is_not_possible_is_told_in_the_table_and_on_the_page(done: Path, table: pd.DataFrame) -> None:
+    reason = "chosen sees images of 32 pixels a side, and 64 is no smaller"
+    assert table["not_possible"]["larger"] == reason
+    assert table["not_possible"]["larger_int8"] == "it starts from larger, which was not possible"
+    assert table["f1_weighted"][["larger", "larger_int8"]].isna().all()
+    page = (done / "reports" / "compression" / "index.html").read_text()
+    assert f"Not possible: {reason}." in page
+    assert all(f'href="{name}/index.html"' in page for name in MADE)
+    assert (done / "reports/compression/quality_against_cost.png").stat().st_size > 10_000
+    assert read_json(done / "data/compress/models/names.json") == MADE
+    assert set(read_json(done / "data/compress/metrics.json")) == set(MADE)
+
+
+def test_a_candidate_that_is_not_possible_ends_the_stage(fresh: Path) -> None:
+    with pytest.raises(
+        PleatError, match=r"`compress.candidate` is 'larger', which is not possible for chosen: .* null"
+    ):
+        compress.run(params("larger", ["larger"]), fresh)
+    assert not (fresh / "data" / "compress").exists()
+
+
+def test_an_interrupted_run_makes_only_what_is_missing(
+    fresh: Path, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings, made, original = params(None, ["shared", "narrow", "int8"]), [], techniques.make
+
+    def interrupted(refitted: Any, name: str, *rest: Any) -> Any:
+        made.append(name)
+        found = original(refitted, name, *rest)
+        if made == ["int8", "shared"]:
+            raise KeyboardInterrupt  # its package lies in a folder that does not count as finished
+        return found
+
+    monkeypatch.setattr(techniques, "make", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress.run(settings, fresh)
+    assert not (fresh / "data" / "compress").exists()
+    compress.run(settings, fresh)
+    assert made == ["int8", "shared", "shared", "narrow"]
+    for name in ("int8", "shared", "narrow"):
+        assert content(packaged(fresh, name)) == content(packaged(done, name))
+    assert not (fresh / ".pleat" / "compress").exists()
+
+
+def test_without_techniques_it_imports_nothing_heavy_and_changes_nothing(fresh: Path) -> None:
+    code = f"""
+        import sys
+        from pathlib import Path
+        from pipeline_steps import compress, params
+        settings = params.load(Path({str(Path(__file__).parent.parent / "params.yaml")!r}))
+        assert compress.run(settings, Path({str(fresh)!r})) is None
+        print(*sorted({{"torch", "timm", "onnx", "onnxruntime", "matplotlib", "mlflow", "sklearn"}} & set(sys.modules)))
+    """
+    lines = [line.removeprefix("        ") for line in code.splitlines()]
+    printed = subprocess.check_output([sys.executable, "-c", "\n".join(lines)], text=True)
+    assert printed.splitlines()[-1] == ""
+    assert read_json(fresh / "data/compress/models/names.json") == []
+    assert "None was asked for" in (fresh / "reports/compression/index.html").read_text()
+    assert compress.candidate(params(), fresh)[1] == fresh / "data/refit/package"
+
+
+def test_the_candidate_is_what_is_registered(done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.chdir(done)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{done / 'mlflow.db'}")
+    outcome = register.run(params("int8"), done)
+    assert outcome.event == "promoted"
+    client = MlflowClient(f"sqlite:///{done / 'mlflow.db'}")
+    version = client.get_model_version_by_alias("pleat", "champion")
+    assert version.tags["pleat.compression"] == "int8"
+    assert version.tags["pleat.package"] == package.digest(packaged(done, "int8"))
+    assert "A cheaper version of chosen: weights and activations in 8 bits" in version.description
+    run = client.get_run(version.run_id)
+    assert run.data.tags["mlflow.runName"] == "chosen int8"
+    about = read_json(done / "data/compress/models/int8/metrics.json")
+    assert run.data.metrics["holdout_f1_weighted"] == pytest.approx(about["f1_weighted"])
+    assert run.data.metrics["size_bytes"] == about["size_bytes"]
