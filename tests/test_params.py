@@ -321,7 +321,7 @@ def test_a_long_value_is_shortened() -> None:
         (b"- a\n- b\n", "holds ['a', 'b'], but must hold blocks"),
         (b"just text", "holds 'just text', but must hold blocks"),
         (b"a: 1\nb: [1, 2\nc: 3\n", "is not valid YAML: line 3: "),
-        (b"a: 1\n\tb: 2\n", "is not valid YAML: line 2: found character '\\t' that cannot start any token."),
+        (b"a: 1\n\tb: 2\n", "is not valid YAML: line 2: found a tab character that violates indentation."),
         (b"seed: 1\nseed: 2\n", 'is not valid YAML: line 2: found duplicate key "seed"'),
         (b"a: \x00\n", "is not valid YAML: "),
         (b"label: R\xf6cke\n", "is not UTF-8; save it as UTF-8, or put a recipe in place with `pleat use`."),
