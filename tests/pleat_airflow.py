@@ -154,10 +154,17 @@ class Running:
         return found
 
     def component(self, name: str) -> psutil.Process:
-        """The first process of a component, the one below its guard."""
-        guards = [process for process in self.everything() if {"pipeline_steps.guard", name} <= set(process.cmdline())]
-        assert len(guards) == 1
-        return min(guards[0].children(), key=psutil.Process.create_time)
+        """The first process of a component, the one below its guard, which starts it."""
+
+        def below() -> list[psutil.Process]:
+            command = {"pipeline_steps.guard", name}
+            with suppress(psutil.Error):  # one that ends while it is asked
+                guards = [process for process in self.everything() if command <= set(process.cmdline())]
+                assert len(guards) <= 1
+                return guards[0].children() if guards else []
+            return []
+
+        return min(eventually(f"{name} below its guard", below), key=psutil.Process.create_time)
 
 
 def gone(process: psutil.Process) -> bool:
