@@ -43,8 +43,7 @@ def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs
     if isinstance(settings, FrozenModel):
         return Head(inputs.values.shape[-1], n_outputs, head.hidden, head.dropout)
     if isinstance(settings, CustomCnn):
-        blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
-        return CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+        return CustomCnnNetwork(settings.plain_blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
     from pipeline_steps.vision.timm_networks import load_network  # late: heads on features need no timm
 
     name, size = settings.backbone, settings.input_size

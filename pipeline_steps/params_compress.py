@@ -27,7 +27,7 @@ class SharedWeights(Strict):
     """Weights of a layer take only so many values (k-means); the file holds indices into them. Nothing is trained.
 
     Attributes:
-        clusters: values a layer; up to 16 take 4 bits a weight, more take 8.
+        clusters: values a layer; 16 take 4 bits a weight, 64 take 6, 256 take 8.
         of: as for int8.
     """
 

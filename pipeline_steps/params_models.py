@@ -215,6 +215,11 @@ class CustomCnn(Strict):
     batch_norm: bool = True
 
     @property
+    def plain_blocks(self) -> list[tuple[int, int, int, str]]:
+        """The blocks as `vision.networks.CustomCnn` takes them."""
+        return [(block.filters, block.kernel, block.pool, block.padding) for block in self.blocks]
+
+    @property
     def smallest_input(self) -> int:
         """Pixels a side from which on something is left after the last block."""
         side = 1

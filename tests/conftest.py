@@ -215,6 +215,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """The last digits depend on the number of threads."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def refitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A workspace in which a small CNN for drawn images is refitted and packaged; tests only read it."""

@@ -3,7 +3,6 @@
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import onnx
 import onnxruntime
 import pandas as pd
 import pytest
-import torch
 from conftest import content
 from onnx.numpy_helper import to_array
 from refit_workspace import CLASSES, CNN, TRAINING, drawn, encoded_images, folds, make
@@ -26,6 +24,8 @@ from pipeline_steps.files import read_json
 from pipeline_steps.params import Params
 from pipeline_steps.serving.classifier import Classifier
 from pipeline_steps.serving.images import decode, resize_crop
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 WIDE = CNN | {"blocks": [{"filters": 16, "kernel": 3, "pool": 2}, {"filters": 32, "kernel": 3, "pool": 2}]}
 STUDENT = CNN | {"input_size": 16}
@@ -53,15 +53,6 @@ def params(candidate: str | None = None, chosen: list[str] | None = None) -> Par
             "split.holdout.fraction": 0.25,
         }
     )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The last digits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

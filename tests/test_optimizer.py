@@ -6,7 +6,6 @@ import subprocess
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,17 +29,11 @@ from pipeline_steps.vision.optimizer import (
     check_optimizer,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DECAYS = [OneCycle(), StepDecay(2, 0.8), CosineDecay(1)]
 NOT_HERE = ("fused", "bnb", "adahessian", "kron", "kronc", "kronw")  # other packages, second derivatives
 USABLE = [name for name in timm.optim.list_optimizers() if not name.startswith(NOT_HERE)]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class FineTuned(nn.Module):

@@ -9,7 +9,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,9 @@ from pipeline_steps.metrics import HEADLINES
 from pipeline_steps.train import CHECKPOINTS
 from pipeline_steps.vision.engine import Epoch
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 OUTPUTS = ("data/refit", "reports/model_card")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The last digits depend on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

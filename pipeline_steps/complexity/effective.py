@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from pipeline_steps.complexity.field import Field
 from pipeline_steps.errors import PleatError
+from pipeline_steps.formats import listing
 
 SHARES = (0.5, 0.9)
 MAX_IMAGES = 16
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
 @dataclass(frozen=True)
@@ -130,13 +130,13 @@ def image_files(folder: Path) -> list[Path]:
     """Up to 16 images of a folder and the folders in it, evenly spread over their sorted names.
 
     Raises:
-        PleatError: the folder does not exist or holds no image.
+        PleatError: the folder does not exist, cannot be read or holds no image.
     """
     if not folder.is_dir():
         raise PleatError(f"{folder} is no folder; `--images` takes a folder of images.")
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    found = listing.image_files(folder)
     if not found:
         raise PleatError(
-            f"{folder} holds no image ({', '.join(sorted(SUFFIXES))}); `--images` takes a folder of images."
+            f"{folder} holds no image ({', '.join(listing.IMAGE_SUFFIXES)}); `--images` takes a folder of images."
         )
-    return [found[place] for place in np.linspace(0, len(found) - 1, min(MAX_IMAGES, len(found))).astype(int)]
+    return [folder / found[place] for place in np.linspace(0, len(found) - 1, min(MAX_IMAGES, len(found))).astype(int)]

@@ -87,12 +87,11 @@ def _custom(name: str, settings: CustomCnn, head: Head, n_outputs: int, input_si
             f"{name} cannot take images of {size} pixels a side: its pools shrink them down to nothing; use "
             f"{settings.smallest_input} or more."
         )
-    blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
 
     def build() -> "nn.Module":
         device = torch.get_default_device()
         with torch.device("cpu"):  # the meta device would load torch's compiler, which takes a second
-            network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+            network = CustomCnnNetwork(settings.plain_blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
         return network.to(device)
 
     def trained(weights: Path | None) -> "tuple[nn.Module, str]":

@@ -3,6 +3,8 @@
 import hashlib
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +40,7 @@ def quantize(graph: Path, pixels: npt.NDArray[np.uint8]) -> bytes:
             image = next(self.images, None)
             return None if image is None else {"pixels": image[None]}
 
-    logging.getLogger().setLevel(logging.ERROR)  # the quantizer warns of what is done here already
-    with tempfile.TemporaryDirectory(prefix="pleat-int8-") as folder:
+    with _without_warnings(), tempfile.TemporaryDirectory(prefix="pleat-int8-") as folder:
         fused, quantized = Path(folder) / "fused.onnx", Path(folder) / "int8.onnx"
         # Batch norms are folded into convolutions. Symbolic shapes are left out: nothing here needs more than onnx's.
         quant_pre_process(onnx.load(graph), fused, skip_symbolic_shape=True)
@@ -57,6 +58,18 @@ def quantize(graph: Path, pixels: npt.NDArray[np.uint8]) -> bytes:
         model = onnx.load(quantized)
     share_equal(model)
     return bytes(model.SerializeToString())
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """The quantizer warns on the root logger of what is done here already."""
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(before)
 
 
 def share_equal(model: "ModelProto") -> int:

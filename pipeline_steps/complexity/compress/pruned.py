@@ -64,8 +64,7 @@ def restored(refitted: Refitted) -> tuple[nn.Module, int]:
     state = {key.removeprefix("network."): value for key, value in state.items() if key.startswith("network.")}
     network: nn.Module
     if isinstance(settings, CustomCnn):
-        blocks = [(block.filters, block.kernel, block.pool, block.padding) for block in settings.blocks]
-        network = CustomCnnNetwork(blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
+        network = CustomCnnNetwork(settings.plain_blocks, n_outputs, head.hidden, head.dropout, settings.batch_norm)
     else:
         from pipeline_steps.vision.timm_networks import load_network
 
