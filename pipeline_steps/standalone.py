@@ -32,6 +32,7 @@ BIN = Path(sys.executable).parent
 HEALTHY_WITHIN_S = 300
 STOP_WITHIN_S = 10
 POLL_S = 0.5
+LOCK_TIMEOUT_S = 60  # for which a writer waits for another; SQLite's 5 s are too few on a machine that trains
 DEATHS, DEATHS_WITHIN_S = 3, 600  # a component that dies this often is not started again
 NO_PROXY = ("NO_PROXY", "no_proxy")
 SLOTS = "from pipeline_steps.vision.lease import slots; print(slots())"
@@ -143,7 +144,7 @@ def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_PASSWORDS_FILE": str(home / "simple_auth_manager_passwords.json.generated"),
-        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}",
+        "AIRFLOW__DATABASE__SQL_ALCHEMY_CONN": f"sqlite:///{home / 'airflow.db'}?timeout={LOCK_TIMEOUT_S}",
         "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_STORAGE_PATH": str(home / "bundles"),
         "AIRFLOW__LOGGING__BASE_LOG_FOLDER": str(home / "logs"),
         "AIRFLOW__LOGGING__DAG_PROCESSOR_CHILD_PROCESS_LOG_DIRECTORY": str(home / "logs" / "dag_processor"),

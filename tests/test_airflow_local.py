@@ -2,7 +2,11 @@
 
 import json
 import re
+import sqlite3
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -33,6 +37,18 @@ def first(served: Served) -> str:
     states = {(task["task_id"], task["map_index"]): task["state"] for task in served.airflow.tasks(started)}
     assert state == "success", states
     return started
+
+
+def test_a_writer_waits_for_another_one(served: Served) -> None:
+    """Airflow's database is one file; whoever triggers while the scheduler writes for long waits, and gets no error."""
+    database = sqlite3.connect(served.project / ".pleat" / "airflow" / "airflow.db", isolation_level=None, timeout=60)
+    with closing(database), ThreadPoolExecutor() as beside:
+        database.execute("BEGIN IMMEDIATE")
+        answer = beside.submit(served.airflow.ask, "POST", "variables", json={"key": "waited", "value": "yes"})
+        time.sleep(7)  # SQLite itself gives up after 5
+        assert not answer.done()
+        database.execute("ROLLBACK")
+        assert answer.result().ok, answer.result().text
 
 
 def alive(process: psutil.Process) -> bool:

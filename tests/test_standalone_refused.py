@@ -138,7 +138,7 @@ print(json.dumps({"known": sorted(known), "set": conf.as_dict(display_sensitive=
         "core.dags_folder": str(tmp_path / "ours" / "dags"),
         "core.simple_auth_manager_all_admins": "False",
         "core.execution_api_server_url": "http://127.0.0.1:8123/execution/",
-        "database.sql_alchemy_conn": f"sqlite:///{home}/airflow.db",
+        "database.sql_alchemy_conn": f"sqlite:///{home}/airflow.db?timeout=60",
         "database.sql_alchemy_conn_async": "",
         "logging.base_log_folder": f"{home}/logs",
         "logging.remote_logging": "False",
