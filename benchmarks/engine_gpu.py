@@ -174,7 +174,7 @@ class Bench:
         return chosen.rates[-1]
 
     def _fit(self, network: torch.nn.Module, inputs: Pixels, compiled: bool) -> None:
-        from pipeline_steps.vision.engine import Schedule, fit
+        from pipeline_steps.vision.engine import Lesson, Schedule, fit
         from pipeline_steps.vision.losses import CrossEntropy
         from pipeline_steps.vision.objective import Objective, Output
         from pipeline_steps.vision.optimizer import OneCycle, Optimization
@@ -195,7 +195,8 @@ class Bench:
         codes = self.prepared.codes.to(self.device)
         with tempfile.TemporaryDirectory() as folder:
             checkpoint = Path(folder) / "checkpoint.pt"
-            fit(network, objective, inputs, codes, rows, None, schedule, checkpoint, "benchmark", lambda _: None)
+            lesson = Lesson(objective, inputs, codes, rows, None, schedule, checkpoint, "benchmark")
+            fit(network, lesson, lambda _: None)
 
     @property
     def n_prepared(self) -> int:

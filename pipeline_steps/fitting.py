@@ -1,15 +1,14 @@
 """From the blocks of params.yaml to what the engine trains: network, objective, schedule, on one device or several."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from pipeline_steps.params_models import CustomCnn, FinetunedModel, FrozenModel, Model, ScratchModel, Training
 from pipeline_steps.targets import Target
 from pipeline_steps.vision.augment import Augmentation
-from pipeline_steps.vision.engine import Fitted, Schedule, fit
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson, Schedule, fit
 from pipeline_steps.vision.inputs import Inputs
 from pipeline_steps.vision.losses import Asymmetric, CrossEntropy, Focal, Loss
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
@@ -56,23 +55,17 @@ def build_network(settings: Model, training: Training, inputs: Inputs, n_outputs
 def fit_on(
     devices: list[torch.device],
     network: torch.nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    codes: torch.Tensor,
-    *others: Any,
+    lesson: Lesson,
+    on_epoch: Callable[[Epoch], None],
+    on_resume: Callable[[list[Epoch]], None],
 ) -> Fitted:
-    """`engine.fit` on one device, or `distributed.fit` on several.
-
-    Args:
-        inputs: made for the one device, or for the CPU; the network and the codes are on the CPU.
-    """
+    """`engine.fit` on one device, or `distributed.fit` on several; network and lesson are on the CPU before."""
     if len(devices) > 1:
         from pipeline_steps.vision import distributed  # late: one device needs none of it
 
-        return distributed.fit(devices, network, objective, inputs, codes, *others)
-    device = devices[0]
-    network = network.to(device).to(memory_format=torch.channels_last)
-    return fit(network, objective, inputs, codes.to(device), *others)
+        return distributed.fit(devices, network, lesson, on_epoch, on_resume)
+    network = network.to(devices[0]).to(memory_format=torch.channels_last)
+    return fit(network, lesson.to(devices[0]), on_epoch, on_resume)
 
 
 def schedule(

@@ -170,6 +170,18 @@ class Inbox(Strict):
     max_drift: Drift
 
 
+class Profile(Strict):
+    """What the stage `profile` measures beside what it counts.
+
+    Attributes:
+        latency: time the whole network and each layer on this machine.
+        images: of the training data, on which the effective receptive field is measured; 0: it is not.
+    """
+
+    latency: bool
+    images: Annotated[int, Field(ge=0, le=1000)]
+
+
 class Params(Strict):
     """The whole of params.yaml."""
 
@@ -180,6 +192,7 @@ class Params(Strict):
     split: Split
     models: dict[Name, Model]
     training: dict[Name, Training]
+    profile: Profile
     compress: Compress
     promotion: Promotion
     inbox: Inbox

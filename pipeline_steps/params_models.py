@@ -151,46 +151,52 @@ class Training(Strict):
         return self
 
 
-class FrozenModel(Strict):
-    """A timm network that is never updated, with a head trained on what it gives.
+class TimmModel(Strict):
+    """What models share that are networks of timm.
 
     Attributes:
         input_size: pixels a side; null: timm's own for this network.
+        crop_pct: the share of an image's shorter side that the network sees, from the middle; 1: nothing is cut off it;
+            null: timm's own.
+    """
+
+    backbone: str
+    input_size: InputSize | None = None
+    crop_pct: Factor | None = None
+
+
+class FrozenModel(TimmModel):
+    """A timm network that is never updated, with a head trained on what it gives.
+
+    Attributes:
         head_on: pooled features, or the logits of the classes that the network was pre-trained on.
     """
 
     kind: Literal["frozen"]
-    backbone: str
     weights: str | None
-    input_size: InputSize | None = None
     head_on: HeadOn = "pooled"
 
 
-class FinetunedModel(Strict):
+class FinetunedModel(TimmModel):
     """A pre-trained timm network that is trained on as a whole, with a new head.
 
     Attributes:
         weights: null: from timm's hub; or a .safetensors file.
-        input_size: pixels a side; null: timm's own for this network.
         head_epochs: first epochs in which only the head learns; 0: all from the start.
         layer_decay: factor of the learning rate from each layer to the one below it; 1: the same for all.
     """
 
     kind: Literal["finetuned"]
-    backbone: str
     weights: str | None
-    input_size: InputSize | None = None
     head_on: HeadOn = "pooled"
     head_epochs: Annotated[int, Field(ge=0)] = 0
     layer_decay: Factor = 1.0
 
 
-class ScratchModel(Strict):
+class ScratchModel(TimmModel):
     """A timm network that is trained from random weights."""
 
     kind: Literal["scratch"]
-    backbone: str
-    input_size: InputSize | None = None
 
 
 class Block(Strict):

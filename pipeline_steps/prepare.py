@@ -69,7 +69,9 @@ def _features(
     from pipeline_steps.vision.lease import lease
 
     weights = root / settings.weights if settings.weights else None
-    backbone, preprocessing = load_backbone(settings.backbone, weights, settings.head_on, settings.input_size)
+    backbone, preprocessing = load_backbone(
+        settings.backbone, weights, settings.head_on, settings.input_size, settings.crop_pct
+    )
     about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
     leased.enter_context(lease(purpose))  # until all rows are written; a leased GPU is torch's current device
     return extract(backbone, preprocessing, images), about
@@ -92,7 +94,7 @@ def _pixels(
         weights = root / settings.weights if settings.weights else None
         create(name, weights, pretrained=True, input_size=wanted, head_on=settings.head_on)
         about["weights_sha256"] = _sha256(weights) if weights else "from timm's hub"
-    return _each(images, preprocessing(name, wanted)), about
+    return _each(images, preprocessing(name, wanted, settings.crop_pct)), about
 
 
 def _each(

@@ -33,7 +33,7 @@ from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.targets import Target
 from pipeline_steps.train import CHECKPOINTS, answers, codes_of, load_inputs
 from pipeline_steps.versions import data_version
-from pipeline_steps.vision.engine import Epoch, Fitted, predict
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson, predict
 from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.networks import Head
 
@@ -78,11 +78,9 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
     with lease_several(f"refit {model}", training.devices) as devices:
-        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
-        fitted = fit_on(
-            devices, network, objective, inputs, codes, learn, None,
-            schedule(settings, training, seed, devices[0], epochs), checkpoint, version, report, go_on,
-        )  # fmt: skip
+        plan = schedule(settings, training, seed, devices[0], epochs)
+        lesson = Lesson(objective, inputs, codes, learn, None, plan, checkpoint, version)
+        fitted = fit_on(devices, network, lesson, report, go_on)
         network = network.to(devices[0])
         network.load_state_dict(fitted.state)
         answered = torch.empty(0, objective.n_outputs)
@@ -187,12 +185,12 @@ def whole_network(settings: Model, network: torch.nn.Module, root: Path) -> tupl
     if not isinstance(settings, FrozenModel):
         from pipeline_steps.vision.timm_networks import preprocessing
 
-        seen = preprocessing(settings.backbone, settings.input_size)
+        seen = preprocessing(settings.backbone, settings.input_size, settings.crop_pct)
         return network, seen.crop, asdict(seen)
     from pipeline_steps.vision.backbones import load_backbone
 
     weights = root / settings.weights if settings.weights else None
-    backbone, seen = load_backbone(settings.backbone, weights, settings.head_on, settings.input_size)
+    backbone, seen = load_backbone(settings.backbone, weights, settings.head_on, settings.input_size, settings.crop_pct)
     whole = torch.nn.Sequential()
     whole.add_module("backbone", backbone)
     whole.add_module("head", network)

@@ -20,7 +20,7 @@ from pipeline_steps.params import Params
 from pipeline_steps.progress import say
 from pipeline_steps.targets import Target
 from pipeline_steps.versions import fold_key
-from pipeline_steps.vision.engine import Epoch, Fitted, predict
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson, predict
 from pipeline_steps.vision.inputs import CPU, Arrays, Features, Inputs, Pixels
 from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.networks import Head
@@ -74,11 +74,9 @@ def run(
             on_epoch(epoch)
 
     with lease_several(f"train {model} fold {fold}", training.devices) as devices:
-        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
-        fitted = fit_on(
-            devices, network, objective, inputs, codes, learn, inner, schedule(settings, training, seed, devices[0]),
-            checkpoint, version, report, go_on,
-        )  # fmt: skip
+        plan = schedule(settings, training, seed, devices[0])
+        lesson = Lesson(objective, inputs, codes, learn, inner, plan, checkpoint, version)
+        fitted = fit_on(devices, network, lesson, report, go_on)
         network = network.to(devices[0])
         network.load_state_dict(fitted.state)
         probabilities = predict(network, objective, inputs.to(devices[0]), scored, training.mirror).cpu()

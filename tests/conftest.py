@@ -28,6 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 REPOSITORY = Path(__file__).parent.parent
 PROMOTION_AND_INBOX = """\
+profile: {latency: false, images: 0}
 compress: {techniques: {}, candidate: null}
 promotion:
   model: pleat

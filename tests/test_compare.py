@@ -216,7 +216,8 @@ def test_page_links_only_to_what_exists_and_shows_the_counts(tmp_path: Path) -> 
     reports = tmp_path / "reports"
     run(tmp_path, "a", "b")
     page = (reports / "index.html").read_text()
-    assert re.findall(r'<a href="(.*?)"', page) == ["leaderboard.csv"]
+    later = [f"{stage}/index.html" for stage in ("model_card", "compression", "registration")]
+    assert re.findall(r'<a href="(.*?)"', page) == ["leaderboard.csv", *later]
     assert "<h2>Data</h2>" not in page
     for path in ("models/a/index.html", "validation/index.html", "split/balance.png"):
         (reports / path).parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +236,7 @@ def test_page_links_only_to_what_exists_and_shows_the_counts(tmp_path: Path) -> 
         "validation/index.html",
         "split/balance.png",
         "leaderboard.csv",
+        *later,
     ]
     assert re.search(r"Not sure</span>.*228", page, re.DOTALL)
     assert "Nothing is in the quarantine." in page

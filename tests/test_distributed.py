@@ -9,7 +9,7 @@ import torch
 from test_engine import INNER, SCHEDULE, TRAIN, labels, pixels, plan
 
 from pipeline_steps.vision import distributed, engine
-from pipeline_steps.vision.engine import Epoch, Fitted
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson
 from pipeline_steps.vision.losses import CrossEntropy
 from pipeline_steps.vision.networks import CustomCnn
 from pipeline_steps.vision.objective import Objective, Output
@@ -25,7 +25,7 @@ def network() -> CustomCnn:
 
 
 def arguments(checkpoint: Path) -> tuple:
-    return network(), OBJECTIVE, pixels(), labels()[:, None], TRAIN, INNER, SPREAD, checkpoint, "v1"
+    return network(), Lesson(OBJECTIVE, pixels(), labels()[:, None], TRAIN, INNER, SPREAD, checkpoint, "v1")
 
 
 @pytest.fixture(scope="module")

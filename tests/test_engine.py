@@ -11,7 +11,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score
 
-from pipeline_steps.vision.engine import Epoch, Fitted, Schedule, best_epoch, fit, predict
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson, Schedule, best_epoch, fit, predict
 from pipeline_steps.vision.inputs import Features, Pixels
 from pipeline_steps.vision.losses import CrossEntropy, Focal
 from pipeline_steps.vision.networks import CustomCnn, Head
@@ -77,7 +77,13 @@ def run(
 ) -> Fitted:
     more = {"on_resume": on_resume} if on_resume else {}
     codes = labels()[:, None] if codes is None else codes
-    return fit(network, objective, inputs, codes, TRAIN, INNER, schedule, checkpoint, version, on_epoch, **more)
+    return fit(network, Lesson(objective, inputs, codes, TRAIN, INNER, schedule, checkpoint, version), on_epoch, **more)
+
+
+def alone(network, inputs, schedule, checkpoint: Path, on_epoch=lambda _: None) -> Fitted:
+    """Without an inner part."""
+    lesson = Lesson(OBJECTIVE, inputs, labels()[:, None], TRAIN, None, schedule, checkpoint, "v1")
+    return fit(network, lesson, on_epoch)
 
 
 @pytest.mark.parametrize(("build", "inputs"), [(head, features), (cnn, pixels)], ids=["head", "cnn"])
@@ -167,24 +173,13 @@ def test_without_an_inner_part_it_takes_the_very_path_of_a_fold(build, inputs, n
 
     fold = run(build(), inputs(), tmp_path / "fold.pt", follow)
     schedule = replace(SCHEDULE, n_epochs=n_epochs)
-    alone = fit(
-        build(),
-        OBJECTIVE,
-        inputs(),
-        labels()[:, None],
-        TRAIN,
-        None,
-        schedule,
-        tmp_path / "alone.pt",
-        "v1",
-        lambda _: None,
-    )
-    assert alone.best_epoch == len(alone.history) == n_epochs
-    assert [line.train_loss for line in alone.history] == [line.train_loss for line in fold.history[:n_epochs]]
-    assert [line.train_accuracy for line in alone.history] == [line.train_accuracy for line in fold.history[:n_epochs]]
-    for line in alone.history:
+    fitted = alone(build(), inputs(), schedule, tmp_path / "alone.pt")
+    assert fitted.best_epoch == len(fitted.history) == n_epochs
+    assert [line.train_loss for line in fitted.history] == [line.train_loss for line in fold.history[:n_epochs]]
+    assert [line.train_accuracy for line in fitted.history] == [line.train_accuracy for line in fold.history[:n_epochs]]
+    for line in fitted.history:
         assert line.inner_loss is line.inner_accuracy is line.inner_f1_weighted is None
-    for name, tensor in alone.state.items():
+    for name, tensor in fitted.state.items():
         assert torch.equal(tensor, averages[n_epochs - 1][name]), name
 
 
@@ -196,7 +191,7 @@ def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_pa
         rates.append(torch.load(tmp_path / "c.pt", weights_only=True)["optimizer"]["param_groups"][0]["lr"])
 
     schedule, peak = replace(SCHEDULE, n_epochs=5), OPTIMIZATION.learning_rate
-    fit(head(), OBJECTIVE, features(), labels()[:, None], TRAIN, None, schedule, tmp_path / "c.pt", "v1", follow)
+    alone(head(), features(), schedule, tmp_path / "c.pt", follow)
     total, rise = 8 * 4 - 1, 0.2 * 8 * 4 - 1  # of the last step and of the highest
     for step, rate in zip(range(4, 24, 4), rates, strict=True):
         if step <= rise:
@@ -210,9 +205,7 @@ def test_without_an_inner_part_the_learning_rate_still_follows_max_epochs(tmp_pa
 def test_an_interrupted_training_without_an_inner_part_ends_with_the_same_bits(tmp_path: Path) -> None:
     def train(checkpoint: str, on_epoch=lambda _: None) -> Fitted:
         schedule = replace(SCHEDULE, n_epochs=6)
-        return fit(
-            cnn(), OBJECTIVE, pixels(), labels()[:, None], TRAIN, None, schedule, tmp_path / checkpoint, "v1", on_epoch
-        )
+        return alone(cnn(), pixels(), schedule, tmp_path / checkpoint, on_epoch)
 
     def interrupt(epoch: Epoch) -> None:
         if epoch.epoch == 2:
@@ -299,7 +292,8 @@ def test_a_class_that_no_row_teaches_does_no_harm(tmp_path: Path) -> None:
 
 def test_a_single_sample_at_the_end_of_an_epoch_is_left_out(tmp_path: Path) -> None:
     codes, rows = labels()[:, None], torch.arange(0, 33)
-    fitted = fit(cnn(), OBJECTIVE, pixels(), codes, rows, INNER, SCHEDULE, tmp_path / "c.pt", "v1", lambda _: None)
+    lesson = Lesson(OBJECTIVE, pixels(), codes, rows, INNER, SCHEDULE, tmp_path / "c.pt", "v1")
+    fitted = fit(cnn(), lesson, lambda _: None)
     for line in fitted.history:
         assert line.train_accuracy * 32 == pytest.approx(round(line.train_accuracy * 32))
     steps = torch.load(tmp_path / "c.pt", weights_only=True)["average"]["n_averaged"]

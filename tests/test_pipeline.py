@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -56,6 +57,13 @@ def test_the_leaderboard_agrees_with_scikit_learn(finished: Path) -> None:
         assert board.at[model, "f1_weighted"] == pytest.approx(scores.mean(), abs=1e-5)
         assert board.at[model, "f1_weighted_std"] == pytest.approx(scores.std(), abs=1e-5)
         assert board.at[model, "accuracy"] == pytest.approx(pd.Series(exact).mean(), abs=1e-5)
+
+
+def test_the_first_page_leads_to_every_other(finished: Path) -> None:
+    reports = finished / "reports"
+    links = set(re.findall(r'href="(?!data:|#)([^"]*)"', (reports / "index.html").read_text()))
+    assert {"model_card/index.html", "compression/index.html", "registration/index.html"} <= links
+    assert [link for link in links if not (reports / link).is_file()] == []
 
 
 def test_every_usable_image_outside_the_holdout_is_predicted_once(finished: Path) -> None:

@@ -53,12 +53,15 @@ def weights_file(real_data: Path) -> Path:
     return real_data / "weights" / "mobilenetv2_100.safetensors"
 
 
-@pytest.mark.parametrize(("input_size", "resize", "crop"), [(None, 256, 224), (96, 109, 96)])
+@pytest.mark.parametrize(
+    ("own", "resize", "crop"),
+    [({}, 256, 224), ({"input_size": 96}, 109, 96), ({"input_size": 96, "crop_pct": 1.0}, 96, 96)],
+)
 def test_features_are_those_of_timm_for_both_views(
-    input_size: int | None, resize: int, crop: int, ingested: Path, weights_file: Path
+    own: dict, resize: int, crop: int, ingested: Path, weights_file: Path
 ) -> None:
     wanted = frozen(weights_file)
-    wanted["models.cnn_small"]["input_size"] = input_size
+    wanted["models.cnn_small"] |= own
     prepare.run(load_params(wanted), "cnn_small", "batch", ingested)
     folder = ingested / "data/prepare/cnn_small/batch"
     features = np.load(folder / "inputs.npy")

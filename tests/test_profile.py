@@ -2,17 +2,21 @@
 
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import synthetic_run as synthetic
+import torch
 from conftest import PLEAT, REPOSITORY, load_params
 
 from pipeline_steps import profile
+from pipeline_steps.complexity import latency, subject
 from pipeline_steps.complexity.totals import count
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import read_json
+from pipeline_steps.packed import read_images
 from pipeline_steps.params_models import Block, CustomCnn, FinetunedModel, FrozenModel, Head, ScratchModel
 
 LINEAR = Head(hidden=0, dropout=0.0)
@@ -112,6 +116,49 @@ def test_the_stage_leaves_the_same_report_each_time(tmp_path: Path) -> None:
     page = first["index.html"].decode()
     assert "agree in every layer" in page
     assert str(tmp_path) not in page
+
+
+def test_the_stage_measures_what_params_ask_for_and_counts_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "BUDGET_S", 0.1)
+    rows = synthetic.make_data(tmp_path, synthetic.LABEL)
+    asked: list[str] = []
+    monkeypatch.setattr(profile, "read_images", lambda file, ids: asked.extend(ids) or read_images(file, ids))
+    params = {"targets": synthetic.ONE}
+    counted = profile.run(load_params(params), "cnn_tiny", tmp_path)
+    assert asked == []
+    params |= {"profile": {"latency": True, "images": 5}}
+    assert profile.run(load_params(params), "cnn_tiny", tmp_path) == counted
+    assert len(set(asked)) == 5
+    assert set(asked) <= set(rows.loc[rows["side"] == "train", "sample_id"])
+    report = tmp_path / "reports" / "complexity" / "cnn_tiny"
+    assert {"effective_0.png", "roofline_0.png"} < {path.name for path in report.iterdir()}
+    assert "random weights, on 5 images" in (report / "index.html").read_text()
+    totals, layers = read_json(report / "totals.json")["cnn_tiny"], pd.read_csv(report / "layers.csv")
+    for batch in (1, 32):
+        assert layers[f"latency_ms_cpu_{batch}"].sum() > 0
+        assert totals[f"latency_ms_cpu_{batch}"] > 0
+
+
+def test_a_network_without_an_effective_field_is_counted_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    synthetic.make_data(tmp_path, synthetic.LABEL)
+    params = load_params({"targets": synthetic.ONE, "profile": {"latency": False, "images": 2}})
+
+    def trained(_: Path | None) -> tuple[torch.nn.Module, str]:
+        network = usual("cnn_tiny", params.models["cnn_tiny"], LINEAR, 6).build()
+        for weight in network.parameters():
+            torch.nn.init.zeros_(weight)
+        return network, "weights of zero"
+
+    usual = subject.of_model
+    monkeypatch.setattr(subject, "of_model", lambda *given: replace(usual(*given), trained=trained))
+    assert profile.run(params, "cnn_tiny", tmp_path)["macs"] > 0
+    assert "No gradient comes back" in capsys.readouterr().out
+    report = tmp_path / "reports" / "complexity" / "cnn_tiny"
+    assert {path.name for path in report.iterdir()} == {"layers.csv", "totals.json", "index.html"}
 
 
 def test_people_profile_a_model_at_another_size_or_two_side_by_side(

@@ -29,7 +29,7 @@ from pipeline_steps.errors import PleatError
 from pipeline_steps.files import read_json, write_json
 from pipeline_steps.metrics import HEADLINES
 from pipeline_steps.train import CHECKPOINTS
-from pipeline_steps.vision.engine import Epoch
+from pipeline_steps.vision.engine import Epoch, Lesson
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -100,23 +100,24 @@ def rotate_labels(root: Path, side: str) -> None:
 def test_it_learns_from_every_sample_of_the_train_side_and_from_no_other(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: dict[str, Any] = {}
+    lessons: list[Lesson] = []
     original = refit.fit_on
 
-    def spy(devices: Any, network: Any, objective: Any, inputs: Any, codes: Any, train_rows: Any, *rest: Any) -> Any:
-        seen.update(rows=train_rows, inner=rest[0], schedule=rest[1], codes=codes)
-        return original(devices, network, objective, inputs, codes, train_rows, *rest)
+    def spy(devices: Any, network: Any, lesson: Lesson, *rest: Any) -> Any:
+        lessons.append(lesson)
+        return original(devices, network, lesson, *rest)
 
     monkeypatch.setattr(refit, "fit_on", spy)
     refit.run(params(), fresh)
+    [seen] = lessons
     samples = folds(fresh).sort_index()  # the order of `load_inputs`
     train = set(samples.index[samples["side"] == "train"])
-    assert set(samples.index[seen["rows"].tolist()]) == train
-    assert len(seen["rows"]) == len(train) == 36
-    assert seen["inner"] is None
-    assert [sorted(CLASSES)[code] for (code,) in seen["codes"].tolist()] == samples["label"].tolist()
-    assert seen["schedule"].n_epochs == EPOCHS == statistics.median(BEST_EPOCHS)
-    assert seen["schedule"].seed not in {params().experiment.seed * 1000 + fold for fold in range(3)}
+    assert set(samples.index[seen.train_rows.tolist()]) == train
+    assert len(seen.train_rows) == len(train) == 36
+    assert seen.inner_rows is None
+    assert [sorted(CLASSES)[code] for (code,) in seen.codes.tolist()] == samples["label"].tolist()
+    assert seen.schedule.n_epochs == EPOCHS == statistics.median(BEST_EPOCHS)
+    assert seen.schedule.seed not in {params().experiment.seed * 1000 + fold for fold in range(3)}
     listed = (fresh / "data" / "refit" / "package" / refit.TRAINED_ON).read_text().splitlines()
     assert listed == sorted(train)
     assert set(holdout(fresh)["sample_id"]) == set(samples.index) - train

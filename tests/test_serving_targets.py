@@ -61,12 +61,12 @@ def test_a_frozen_backbone_answers_real_photos_in_every_target(real_data: Path, 
         for garment in ("dress", "shoes")
         for path in sorted((real_data / "data" / "apparel" / f"{colour}_{garment}").iterdir())[:16]
     }
-    settings = params(frozen(real_data) | {"input_size": 160}, targets=TARGETS)
+    settings = params(frozen(real_data) | {"input_size": 160, "crop_pct": 1.0}, targets=TARGETS)
     make(tmp_path, settings, photos)
     refit.run(settings, tmp_path)
     tables = {target: holdout(tmp_path, target) for target in TARGETS}
     model = load(tmp_path / "data" / "refit" / "package")
-    assert model.classifier.about["preprocessing"] == {"resize": 182, "crop": 160, "interpolation": "bicubic"}
+    assert model.classifier.about["preprocessing"] == {"resize": 160, "crop": 160, "interpolation": "bicubic"}
     rows = answers(model, encoded_images(tmp_path, tables["tags"]["sample_id"]), top_k=9)
     for target, table in tables.items():
         listed = [{entry["label"]: entry["probability"] for entry in row[f"{target}_top_k"]} for row in rows]

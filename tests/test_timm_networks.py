@@ -1,5 +1,6 @@
 """timm networks as a whole: against timm itself, files that fit and that do not, sizes, training, the package."""
 
+import io
 import json
 import logging
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from refit_workspace import BATCH, MODEL, drawn, encoded_images, holdout, make, probabilities, settings
 from safetensors.torch import load_file, save_file
 from served_model import CLOSE, ask, load, vector
@@ -73,6 +75,20 @@ def test_frozen_features_on_logits_are_the_classifiers_answers(whole_file: Path)
 def test_another_size_keeps_the_share_that_is_cut_off() -> None:
     seen = preprocessing("mobilenetv2_100", 96)
     assert (seen.resize, seen.crop, seen.interpolation) == (int(96 / 0.875), 96, "bicubic")
+
+
+@pytest.mark.parametrize("crop_pct", [0.5, 0.9, 1.0])
+def test_with_a_share_of_our_own_the_network_sees_what_timm_shows_it(crop_pct: float) -> None:
+    """A gradient from left to right; timm's transformation is torchvision's on PIL images, which rounds otherwise."""
+    ramp = np.tile(np.linspace(0, 255, 200, dtype=np.uint8)[None, :, None], (120, 1, 3))
+    image = Image.fromarray(ramp)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG")
+    ours = preprocessing("mobilenetv2_100", 64, crop_pct)((encoded.getvalue(), False)).float() / 255
+    transformed = timm.data.create_transform(
+        (3, 64, 64), interpolation="bicubic", crop_pct=crop_pct, mean=(0, 0, 0), std=(1, 1, 1)
+    )(image)
+    assert (ours - transformed).abs().max() < 2 / 255
 
 
 def test_only_the_classifier_of_a_file_may_differ(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -180,6 +196,7 @@ def models(headless: Path) -> dict[str, dict[str, Any]]:
     return {
         "finetuned": {
             "kind": "finetuned", "backbone": "mobilenetv2_035", "weights": str(headless), "input_size": 48,
+            "crop_pct": 0.8,
         },
         "scratch": {"kind": "scratch", "backbone": "test_vit", "input_size": 32},
     }  # fmt: skip
@@ -196,7 +213,7 @@ def test_a_whole_network_is_prepared_trained_and_packaged(kind: str, headless: P
     assert about["kind"] == "pixels"
     assert ("weights_sha256" in about) == (kind == "finetuned")
     size = model["input_size"]
-    prepared, crop_pct = np.load(folder / "inputs.npy"), 0.875 if kind == "finetuned" else 0.95
+    prepared, crop_pct = np.load(folder / "inputs.npy"), model.get("crop_pct", 0.95)
     assert prepared.shape == (24, 3, size, size)
     assert prepared.dtype == np.uint8
     for row, encoded in enumerate(encoded_images(root, ids)):

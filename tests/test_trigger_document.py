@@ -172,6 +172,9 @@ training:
     class_weights: none
     weight_average: 0.0
     mirror: true
+profile:
+  latency: false
+  images: 0
 compress:
   techniques: {}
   candidate: null

@@ -42,6 +42,8 @@ SHARED_KEYS = [
     "split.group_by",
     "split.near_copy_max_distance",
     "split.holdout.fraction",
+    "profile.latency",
+    "profile.images",
     "promotion.mode",
     "promotion.floors.f1_weighted",
     "promotion.floors.f1_macro",

@@ -71,6 +71,7 @@ training:
     weight_average: 0, mirror: false}
   net.v2: {<<: *training, max_epochs: 60, loss: {kind: focal, gamma: 2.0}}
   many: {<<: *training, loss: {kind: asymmetric, gamma_positive: 0.0, gamma_negative: 2.0, margin: 0.05}}
+profile: {latency: false, images: 0}
 compress: {techniques: {}, candidate: null}
 promotion: {model: other, mode: approve, floors: {f1_weighted: 0, f1_macro: 1}, min_gain: 1, confidence: 0.5,
   max_class_drop: 0, max_cost: {latency: 1, memory: 1, size: 1}}

@@ -22,6 +22,10 @@ SHARES = (0.5, 0.9)
 MAX_IMAGES = 16
 
 
+class NoEffectiveFieldError(PleatError):
+    """The network has no effective receptive field that could be measured."""
+
+
 @dataclass(frozen=True)
 class Effective:
     """The field of the middle position of a layer.
@@ -60,7 +64,7 @@ def measure(
         weights: where they are from, in words.
 
     Raises:
-        PleatError: nothing comes back from that position.
+        NoEffectiveFieldError: nothing comes back from that position.
     """
     layer, sees = feature_map
     assert sees.rows is not None
@@ -77,7 +81,7 @@ def measure(
         energy += gradient[0].double().square().sum(0)
     hook.remove()
     if not 0 < float(energy.sum()) < float("inf"):
-        raise PleatError(
+        raise NoEffectiveFieldError(
             f"No gradient comes back from the middle of {layer}, so these images show no effective receptive field; "
             "use other images or other weights."
         )

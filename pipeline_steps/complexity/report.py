@@ -1,16 +1,17 @@
 """The report on one network, or on two side by side: a table of layers, a page, and pictures of what was measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pandas as pd
 
 from pipeline_steps import pages
 from pipeline_steps.complexity import effective, latency, layers, variations
-from pipeline_steps.complexity.effective import Effective
+from pipeline_steps.complexity.effective import Effective, NoEffectiveFieldError
 from pipeline_steps.complexity.latency import Peak, Timing
 from pipeline_steps.complexity.subject import Subject
 from pipeline_steps.complexity.trace import Trace, trace
@@ -20,6 +21,7 @@ from pipeline_steps.units import with_unit
 
 N_BIGGEST = 15
 N_SLOWEST = 10
+NO_IMAGES: Mapping[str, bytes] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -108,24 +110,27 @@ class Profile:
         return told + self.trace.notes
 
 
-def make(subject: Subject, timed: bool = False, images: Path | None = None, weights: Path | None = None) -> Profile:
+def make(
+    subject: Subject, timed: bool = False, images: Mapping[str, bytes] = NO_IMAGES, weights: Path | None = None
+) -> Profile:
     """Profiles one network.
 
     Args:
         timed: measure how long it takes, too.
-        images: a folder of images for the effective receptive field; None: leave it out.
+        images: encoded, by name, for the effective receptive field; none: leave it out.
         weights: for that, a .safetensors file; None: the model's own where params.yaml names a file, else random ones.
 
     Raises:
+        NoEffectiveFieldError: the network has none on these images.
         PleatError: the network cannot take images of this size, or images or weights cannot be used.
     """
     found = trace(subject.build, subject.shape)
+    seen = _effective(subject, found, images, weights) if images else None
     table = layers.table(found)
     timings, peaks = latency.measure(subject.build, subject.shape) if timed else ([], {})
     names = table["layer"].where(table["layer"] != "(network)", "")
     for timing in timings:
         table[column_of(timing)] = names.map(timing.layers_ms).fillna(0.0)
-    seen = _effective(subject, found, images, weights) if images else None
     changes = variations.table(subject.build, subject.shape)
     return Profile(subject, found, table, changes, timings, peaks, seen)
 
@@ -135,20 +140,20 @@ def column_of(timing: Timing) -> str:
     return f"latency_ms_{'gpu' if timing.threads is None else 'cpu'}_{timing.batch}"
 
 
-def _effective(subject: Subject, found: Trace, folder: Path, weights: Path | None) -> Effective:
+def _effective(subject: Subject, found: Trace, encoded: Mapping[str, bytes], weights: Path | None) -> Effective:
     import torch
 
     if found.feature_map is None or not found.feature_map[0]:
-        raise PleatError(
+        raise NoEffectiveFieldError(
             f"{subject.name} has no layer whose positions belong to parts of the image, so it has no effective "
             "receptive field to measure; leave `--images` out."
         )
     images = []
-    for path in effective.image_files(folder):
+    for name, image in encoded.items():
         try:
-            images.append(subject.see(path.read_bytes()))
+            images.append(subject.see(image))
         except Exception as error:  # decoders fail in their own ways
-            raise PleatError(f"{path} cannot be read as an image; remove it, or give another folder.") from error
+            raise PleatError(f"{name} cannot be read as an image; remove it, or give another folder.") from error
     network, words = subject.trained(weights)
     pixels = subject.normalise(torch.stack(images).float())
     return effective.measure(network.eval(), found.feature_map, pixels, images, words)

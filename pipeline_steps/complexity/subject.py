@@ -58,7 +58,7 @@ def of_model(name: str, settings: Model, head: Head, n_outputs: int, input_size:
 
     wanted = input_size or settings.input_size
     head_on: HeadOn = "pooled" if isinstance(settings, ScratchModel) else settings.head_on
-    prepared, backbone = preprocessing(settings.backbone, wanted), settings.backbone
+    prepared, backbone = preprocessing(settings.backbone, wanted, settings.crop_pct), settings.backbone
     features = "pooled features" if head_on == "pooled" else "logits"
     about = f"{settings.kind} {backbone} with a head of {n_outputs:,} outputs on its {features}"
 

@@ -37,7 +37,11 @@ class Backbone(nn.Module):
 
 
 def load_backbone(
-    name: str, weights: Path | None, head_on: HeadOn = "pooled", input_size: int | None = None
+    name: str,
+    weights: Path | None,
+    head_on: HeadOn = "pooled",
+    input_size: int | None = None,
+    crop_pct: float | None = None,
 ) -> tuple[Backbone, Preprocessing]:
     """Builds a timm backbone with pre-trained weights, from a .safetensors file or from timm's hub.
 
@@ -45,6 +49,7 @@ def load_backbone(
 
     Args:
         input_size: pixels a side; None: the network's own.
+        crop_pct: as `timm_networks.preprocessing`.
 
     Raises:
         PleatError: as `timm_networks.create` and `timm_networks.n_features`.
@@ -52,7 +57,7 @@ def load_backbone(
     if input_size:
         n_features(name, input_size, head_on)  # refuses a size that it cannot take
     network = create(name, weights, pretrained=True, input_size=input_size, head_on=head_on)
-    return Backbone(network, *mean_std(name)), preprocessing(name, input_size)
+    return Backbone(network, *mean_std(name)), preprocessing(name, input_size, crop_pct)
 
 
 def extract(

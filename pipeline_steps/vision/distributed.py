@@ -3,32 +3,22 @@
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from threading import Thread
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric import Fabric
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline_steps.vision import engine
-from pipeline_steps.vision.engine import Epoch, Fitted, Schedule
-from pipeline_steps.vision.inputs import Inputs
-from pipeline_steps.vision.objective import Objective
+from pipeline_steps.vision.engine import Epoch, Fitted, Lesson
 
 
 def fit(
     devices: list[torch.device],
     network: nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    codes: Tensor,
-    train_rows: Tensor,
-    inner_rows: Tensor | None,
-    schedule: Schedule,
-    checkpoint: Path,
-    inputs_version: str,
+    lesson: Lesson,
     on_epoch: Callable[[Epoch], None],
     on_resume: Callable[[list[Epoch]], None] = lambda _: None,
 ) -> Fitted:
@@ -40,8 +30,8 @@ def fit(
 
     Args:
         devices: different GPUs, or the CPU as often as it has processes.
-        network: on the CPU, as `inputs` and `codes`.
-        schedule: with a batch_size that len(devices) divides.
+        network: on the CPU.
+        lesson: likewise; with a batch_size that len(devices) divides.
     """
     gpus = [device.index for device in devices if device.type == "cuda"]
     fabric = Fabric(
@@ -56,11 +46,7 @@ def fit(
     listener = Thread(target=listen, daemon=True)
     listener.start()
     # Fabric looks into what it hands on and refuses frozen dataclasses; it does not look into a partial.
-    work = partial(
-        _one_of_several, told=told, network=network, objective=objective, inputs=inputs, codes=codes,
-        train_rows=train_rows, inner_rows=inner_rows, schedule=schedule, checkpoint=checkpoint,
-        inputs_version=inputs_version,
-    )  # fmt: skip
+    work = partial(_one_of_several, told=told, network=network, lesson=lesson)
     try:
         state, history, best_epoch = fabric.launch(work)
     finally:
@@ -71,17 +57,7 @@ def fit(
 
 
 def _one_of_several(
-    fabric: Fabric,
-    told: Any,
-    network: nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    codes: Tensor,
-    train_rows: Tensor,
-    inner_rows: Tensor | None,
-    schedule: Schedule,
-    checkpoint: Path,
-    inputs_version: str,
+    fabric: Fabric, told: Any, network: nn.Module, lesson: Lesson
 ) -> tuple[dict[str, np.ndarray], list[dict[str, Any]], int] | None:
     device, network = fabric.device, deepcopy(network)  # what was handed over lies in memory that all share
     if device.type == "cuda":
@@ -90,10 +66,7 @@ def _one_of_several(
         torch.set_num_threads(max(1, torch.get_num_threads() // fabric.world_size))
     network = network.to(device).to(memory_format=torch.channels_last)
     first = fabric.global_rank == 0
-    fitted = engine.fit(
-        network, objective, inputs.to(device), codes.to(device), train_rows, inner_rows, schedule, checkpoint,
-        inputs_version, told.put, told.put if first else lambda _: None, fabric,
-    )  # fmt: skip
+    fitted = engine.fit(network, lesson.to(device), told.put, told.put if first else lambda _: None, fabric)
     fabric.barrier()
     if not first:
         return None

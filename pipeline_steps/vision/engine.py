@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,6 +77,34 @@ class Schedule:
 
 
 @dataclass(frozen=True)
+class Lesson:
+    """What a network learns, from what, and how.
+
+    Attributes:
+        objective: the targets and their loss; class weights are those of `train_rows`.
+        codes: int64 (n, k), what each row of `inputs` is, in the objective's columns; on the device of `inputs`.
+        train_rows: int64 on the CPU, rows to learn from.
+        inner_rows: int64 on the CPU, rows that choose the epoch; disjoint from `train_rows` and from the scored fold;
+            or None.
+        checkpoint: where the whole state is saved after every epoch.
+        inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
+    """
+
+    objective: Objective
+    inputs: Inputs
+    codes: Tensor
+    train_rows: Tensor
+    inner_rows: Tensor | None
+    schedule: Schedule
+    checkpoint: Path
+    inputs_version: str
+
+    def to(self, device: torch.device) -> "Lesson":
+        """The same with inputs and codes on another device."""
+        return replace(self, inputs=self.inputs.to(device), codes=self.codes.to(device))
+
+
+@dataclass(frozen=True)
 class Fitted:
     """The best epoch's weights and every epoch's line."""
 
@@ -87,52 +115,38 @@ class Fitted:
 
 def fit(
     network: nn.Module,
-    objective: Objective,
-    inputs: Inputs,
-    codes: Tensor,
-    train_rows: Tensor,
-    inner_rows: Tensor | None,
-    schedule: Schedule,
-    checkpoint: Path,
-    inputs_version: str,
+    lesson: Lesson,
     on_epoch: Callable[[Epoch], None],
     on_resume: Callable[[list[Epoch]], None] = lambda _: None,
     fabric: "Fabric | None" = None,
 ) -> Fitted:
     """Trains `network` and returns the weights of the epoch with the best weighted F1 on the inner rows.
 
-    Without inner rows, it trains for `schedule.n_epochs` and returns the last epoch's weights.
+    Without inner rows, it trains for the schedule's `n_epochs` and returns the last epoch's weights.
 
-    After every epoch the whole state is saved in `checkpoint`; a later call with the same arguments goes on from it
-    and ends with the same weights as an undisturbed run, wherever that was broken off (on a CPU, bit for bit). A
-    checkpoint of other arguments is ignored.
+    After every epoch the whole state is saved in the lesson's checkpoint; a later call with the same network and lesson
+    goes on from it and ends with the same weights as an undisturbed run, wherever that was broken off (on a CPU, bit
+    for bit). A checkpoint of others is ignored.
 
     Args:
-        network: takes what `inputs.batches` gives, returns logits (batch, objective.n_outputs); on the device of
-            `inputs` and `codes`.
-        objective: the targets and their loss; class weights are those of `train_rows`.
-        codes: int64 (n, k), what each row of `inputs` is, in the objective's columns.
-        train_rows: int64 on the CPU, rows to learn from.
-        inner_rows: int64 on the CPU, rows that choose the epoch; disjoint from `train_rows` and from the scored fold;
-            or None.
-        inputs_version: names the contents of `inputs`, so that a checkpoint of other inputs is not taken up.
+        network: takes what `inputs.batches` gives, returns logits (batch, objective.n_outputs); on their device.
         on_epoch: called with each epoch that this call finishes.
         on_resume: called first with the epochs that the checkpoint holds, where there is one that fits.
         fabric: where several processes train together (`distributed.fit`): each takes its share of every batch.
     """
+    schedule = lesson.schedule
     torch.manual_seed(schedule.seed)
-    loop = _Loop(network, objective, inputs, codes, train_rows, schedule, fabric)
-    version = f"{inputs_version} by {loop.size}"
-    key = _fingerprint(network, objective, codes, train_rows, inner_rows, schedule, version)
-    saved = _load(checkpoint, key)
+    loop = _Loop(network, lesson, fabric)
+    key = _fingerprint(network, lesson, loop.size)
+    saved = _load(lesson.checkpoint, key)
     if saved is not None:
         loop.take_up(saved)
         on_resume(loop.history)
     last = schedule.optimization.max_epochs if schedule.n_epochs is None else schedule.n_epochs
     while len(loop.history) < last and len(loop.history) - best_epoch(loop.history) < schedule.patience:
-        line = loop.epoch(inner_rows)
+        line = loop.epoch()
         if loop.rank == 0:
-            with atomic_path(checkpoint) as unfinished:
+            with atomic_path(lesson.checkpoint) as unfinished:
                 torch.save({"key": key} | loop.state(), unfinished)
             on_epoch(line)
     return Fitted(loop.best, loop.history, best_epoch(loop.history))
@@ -171,18 +185,9 @@ def best_epoch(history: list[Epoch]) -> int:
 class _Loop:
     """A training and all that changes in it."""
 
-    def __init__(
-        self,
-        network: nn.Module,
-        objective: Objective,
-        inputs: Inputs,
-        codes: Tensor,
-        rows: Tensor,
-        schedule: Schedule,
-        fabric: "Fabric | None",
-    ) -> None:
-        self.network, self.objective, self.inputs, self.codes = network, objective, inputs, codes
-        self.rows, self.schedule, self.fabric = rows, schedule, fabric
+    def __init__(self, network: nn.Module, lesson: Lesson, fabric: "Fabric | None") -> None:
+        self.network, self.lesson, self.fabric = network, lesson, fabric
+        objective, codes, rows, schedule = lesson.objective, lesson.codes, lesson.train_rows, lesson.schedule
         self.rank, self.size = (fabric.global_rank, fabric.world_size) if fabric else (0, 1)
         if codes.device.type == "cpu":
             keep_freed_memory()
@@ -203,10 +208,10 @@ class _Loop:
         self.best = _copy(network)
         self.history: list[Epoch] = []
 
-    def epoch(self, inner_rows: Tensor | None) -> Epoch:
+    def epoch(self) -> Epoch:
         """Trains one more epoch, scores the averaged weights and keeps them where they are the best so far."""
         trained = self._train()
-        inner = self._inner_scores(inner_rows) if self.rank == 0 else (None, None, None)
+        inner = self._inner_scores() if self.rank == 0 else (None, None, None)
         line = Epoch(len(self.history) + 1, *trained, *inner)
         if self.fabric:
             line = self.fabric.broadcast(line)  # so that all stop after the same epoch
@@ -243,22 +248,25 @@ class _Loop:
 
     def _train(self) -> tuple[float, float]:
         """One epoch; loss and accuracy over its batches."""
-        schedule, device = self.schedule, self.codes.device
+        objective, inputs, codes, rows = (
+            self.lesson.objective, self.lesson.inputs, self.lesson.codes, self.lesson.train_rows,
+        )  # fmt: skip
+        schedule, device = self.lesson.schedule, codes.device
         self._enter_stage()
-        shuffled = self.rows[torch.randperm(len(self.rows), generator=self.order)]
-        mirrored = torch.rand(len(self.rows), generator=self.order) < (0.5 if schedule.mirror else 0.0)
+        shuffled = rows[torch.randperm(len(rows), generator=self.order)]
+        mirrored = torch.rand(len(rows), generator=self.order) < (0.5 if schedule.mirror else 0.0)
         shuffled, mirrored = (self._share(part) for part in (shuffled, mirrored))
         batch_size = schedule.batch_size // self.size
-        truths = self.codes[shuffled.to(device)]
+        truths = codes[shuffled.to(device)]
         total = torch.zeros((), device=device)
         # Scored once an epoch and kept in one piece: a head's steps are so quick that either else would show.
-        answers = torch.empty(len(shuffled), self.objective.n_outputs, device=device)
-        batches = self.inputs.batches(shuffled, mirrored, batch_size)
+        answers = torch.empty(len(shuffled), objective.n_outputs, device=device)
+        batches = inputs.batches(shuffled, mirrored, batch_size)
         parts = (part.split(batch_size) for part in (truths, answers))
         for batch, truth, answer in zip(batches, *parts, strict=True):
             self.optimizer.zero_grad(set_to_none=True)
             seen, mixture = schedule.augmentation.mixed(schedule.augmentation.views(batch, self.random), self.random)
-            with _precision(self.inputs, schedule.bfloat16):
+            with _precision(inputs, schedule.bfloat16):
                 logits = self.forward(seen)
             logits = logits.float()
             value = self.loss(logits, truth)
@@ -273,18 +281,18 @@ class _Loop:
             self.average.update_parameters(self.network)
             total += value.detach() * len(truth)
             answer.copy_(logits.detach())
-        accuracy = self.objective.accuracy(self.objective.probabilities(answers), truths)
+        accuracy = objective.accuracy(objective.probabilities(answers), truths)
         return self._mean(float(total) / len(shuffled)), self._mean(accuracy)
 
     def _mean(self, score: float) -> float:
         """Over the processes, of which each has the same number of samples."""
         if not self.fabric:
             return score
-        return float(self.fabric.all_reduce(torch.tensor(score, dtype=torch.float64, device=self.codes.device)))  # type: ignore[arg-type]
+        return float(self.fabric.all_reduce(torch.tensor(score, dtype=torch.float64, device=self.lesson.codes.device)))  # type: ignore[arg-type]
 
     def _enter_stage(self) -> None:
         """What learns in the coming epoch: all, or the head alone."""
-        schedule = self.schedule
+        schedule = self.lesson.schedule
         head_alone = len(self.history) < schedule.head_epochs
         self.network.train()
         if schedule.head_epochs:
@@ -308,19 +316,19 @@ class _Loop:
 
         A last batch that would leave a process a single sample, which batch norm cannot train on, is left out.
         """
-        size = self.schedule.batch_size
+        size = self.lesson.schedule.batch_size
         rest = len(rows) % size // self.size
         if rest == 1 and len(rows) > self.size:
             rest = 0
         return rows[: len(rows) // size * size + rest * self.size][self.rank :: self.size]
 
-    def _inner_scores(self, rows: Tensor | None) -> tuple[float, float, float] | tuple[None, None, None]:
+    def _inner_scores(self) -> tuple[float, float, float] | tuple[None, None, None]:
         """Loss, accuracy and weighted F1 of the averaged weights on the inner rows."""
+        objective, rows, schedule = self.lesson.objective, self.lesson.inner_rows, self.lesson.schedule
         if rows is None:
             return None, None, None
-        objective, schedule = self.objective, self.schedule
-        found = predict(self.average.module, objective, self.inputs, rows, schedule.mirror, schedule.bfloat16)
-        truth = self.codes[rows.to(self.codes.device)]
+        found = predict(self.average.module, objective, self.lesson.inputs, rows, schedule.mirror, schedule.bfloat16)
+        truth = self.lesson.codes[rows.to(self.lesson.codes.device)]
         mean_loss = float(self.loss(objective.logits(found), truth))
         return mean_loss, objective.accuracy(found, truth), objective.score(found, truth)
 
@@ -329,17 +337,11 @@ def _precision(inputs: Inputs, bfloat16: bool) -> torch.autocast:
     return torch.autocast(inputs.device.type, torch.bfloat16, enabled=bfloat16)
 
 
-def _fingerprint(
-    network: nn.Module,
-    objective: Objective,
-    codes: Tensor,
-    train_rows: Tensor,
-    inner_rows: Tensor | None,
-    schedule: Schedule,
-    inputs_version: str,
-) -> str:
-    digest = hashlib.sha256(repr((schedule, objective, str(network), inputs_version)).encode())
-    for tensor in (*network.state_dict().values(), codes, train_rows, *([] if inner_rows is None else [inner_rows])):
+def _fingerprint(network: nn.Module, lesson: Lesson, n_processes: int) -> str:
+    version = f"{lesson.inputs_version} by {n_processes}"
+    digest = hashlib.sha256(repr((lesson.schedule, lesson.objective, str(network), version)).encode())
+    inner = [] if lesson.inner_rows is None else [lesson.inner_rows]
+    for tensor in (*network.state_dict().values(), lesson.codes, lesson.train_rows, *inner):
         digest.update(np.ascontiguousarray(tensor.detach().cpu().numpy()).tobytes())
     return digest.hexdigest()
 

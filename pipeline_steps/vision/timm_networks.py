@@ -135,15 +135,20 @@ def n_features(name: str, input_size: int | None, head_on: HeadOn) -> int:
     return int(shape[-1])
 
 
-def preprocessing(name: str, input_size: int | None) -> Preprocessing:
-    """What becomes of an image before the network; at another size than its own with the same share cut off.
+def preprocessing(name: str, input_size: int | None = None, crop_pct: float | None = None) -> Preprocessing:
+    """What becomes of an image before the network.
+
+    Args:
+        name: of the network.
+        input_size: pixels a side; None: the network's own.
+        crop_pct: the share of the image's shorter side that is seen, in (0, 1]; None: the network's own.
 
     Raises:
         PleatError: timm does not know the name.
     """
     data = timm.data.resolve_data_config(pretrained_cfg=_configuration(name).to_dict())
     crop = input_size or int(data["input_size"][-1])
-    return Preprocessing(int(crop / data["crop_pct"]), crop, data["interpolation"])
+    return Preprocessing(int(crop / (crop_pct or data["crop_pct"])), crop, data["interpolation"])
 
 
 def mean_std(name: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

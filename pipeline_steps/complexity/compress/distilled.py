@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline_steps.complexity.compress.refitted import Made, Refitted
-from pipeline_steps.complexity.compress.training import Lesson, fit_anew
+from pipeline_steps.complexity.compress.training import Goal, fit_anew
 from pipeline_steps.files import atomic_path
 from pipeline_steps.params_compress import Distilled
 from pipeline_steps.progress import say, track
@@ -53,8 +53,8 @@ def make(refitted: Refitted, name: str, settings: Distilled, out: Path) -> Made:
     params = refitted.settings_of_all
     student, training = params.models[settings.student], params.training[settings.student]
 
-    def taught(lesson: Lesson) -> Lesson:
-        objective, codes = lesson
+    def taught(goal: Goal) -> Goal:
+        objective, codes = goal
         own = (objective.outputs, objective.criterion, objective.class_weights)
         teacher = objective.logits(answers(refitted, name))
         rows = torch.arange(len(codes)).unsqueeze(1)

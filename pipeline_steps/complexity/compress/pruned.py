@@ -45,10 +45,10 @@ def make(refitted: Refitted, name: str, settings: Pruned, out: Path) -> Made:
     )
     pixels = _on_pixels(refitted.settings)
     inputs, version = inputs_of(refitted, pixels)
-    lesson = build_objective(training, refitted.targets), codes_of(refitted.targets, refitted.samples)
+    goal = build_objective(training, refitted.targets), codes_of(refitted.targets, refitted.samples)
     # Every layer learns alike, so no settings of the model before apply.
     plain = FinetunedModel(kind="finetuned", backbone="", weights=None)
-    fit(refitted, name, plain, training, network, lesson, inputs, version, settings.epochs)
+    fit(refitted, name, plain, training, network, goal, inputs, version, settings.epochs)
     told = (
         f"{settings.share:.0%} of the channels of each layer removed, {before / 1e6:,.0f} M MACs became "
         f"{after / 1e6:,.0f} M; then trained as a whole for {settings.epochs} epochs"
@@ -134,7 +134,7 @@ def _on_pixels(settings: Model) -> Model:
         return settings
     return FinetunedModel(
         kind="finetuned", backbone=settings.backbone, weights=settings.weights, input_size=settings.input_size,
-        head_on=settings.head_on,
+        crop_pct=settings.crop_pct, head_on=settings.head_on,
     )  # fmt: skip
 
 

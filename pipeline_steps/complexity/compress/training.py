@@ -16,13 +16,13 @@ from pipeline_steps.progress import say
 from pipeline_steps.serving import TRAINED_ON
 from pipeline_steps.train import codes_of, load_inputs
 from pipeline_steps.versions import digest
-from pipeline_steps.vision.engine import Epoch
+from pipeline_steps.vision.engine import Epoch, Lesson
 from pipeline_steps.vision.inputs import Inputs
 from pipeline_steps.vision.lease import lease_several
 from pipeline_steps.vision.networks import Head
 from pipeline_steps.vision.objective import Objective
 
-Lesson = tuple[Objective, torch.Tensor]  # what is learned, and the codes (n, k) of the samples
+Goal = tuple[Objective, torch.Tensor]  # what is learned, and the codes (n, k) of the samples
 
 
 def fit_anew(
@@ -33,7 +33,7 @@ def fit_anew(
     n_epochs: int,
     out: Path,
     told: str,
-    change: Callable[[Lesson], Lesson] = lambda lesson: lesson,
+    change: Callable[[Goal], Goal] = lambda goal: goal,
 ) -> Made:
     """Trains a model of `settings` on the training side, from its own start, and writes its package into `out`.
 
@@ -59,7 +59,7 @@ def fit(
     settings: Model,
     training: Training,
     network: torch.nn.Module,
-    lesson: Lesson,
+    goal: Goal,
     inputs: Inputs,
     version: str,
     n_epochs: int,
@@ -70,7 +70,7 @@ def fit(
         inputs: of all samples, in the order of `refitted.samples`.
         version: names the contents of the inputs.
     """
-    objective, codes = lesson
+    objective, codes = goal
     n_threads = torch.get_num_threads()
     if isinstance(network, Head):
         torch.set_num_threads(1)  # as in `refit`
@@ -84,11 +84,10 @@ def fit(
     checkpoint = refitted.scratch / f"{name}-{refitted.about['package'][:16]}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with lease_several(f"compress {name}", training.devices) as devices:
-        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])
-        fitted = fit_on(
-            devices, network, objective, inputs, codes, _training_rows(refitted), None,
-            schedule(settings, training, _seed(refitted), devices[0], n_epochs), checkpoint, version, report, go_on,
-        )  # fmt: skip
+        plan = schedule(settings, training, _seed(refitted), devices[0], n_epochs)
+        rows = _training_rows(refitted)
+        lesson = Lesson(objective, inputs, codes, rows, None, plan, checkpoint, version)
+        fitted = fit_on(devices, network, lesson, report, go_on)
     network.cpu().to(memory_format=torch.contiguous_format)
     network.load_state_dict(fitted.state)
     torch.set_num_threads(n_threads)
