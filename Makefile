@@ -40,11 +40,12 @@ mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 	MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false MLFLOW_ENABLE_ASSISTANT_SANDBOX=true mlflow server --backend-store-uri sqlite:///mlflow.db \
 		--default-artifact-root $(CURDIR)/mlruns --host 127.0.0.1 --port 5000 --workers 1
 
-# Two processes side by side: the tests that start servers mostly wait, the others compute. A server that one part of them
-# has started ends with that part, since an idle Airflow takes its share of a core.
+# Two processes side by side, of about the same length: the tests that start servers and other processes mostly wait, the
+# others compute. A server that one part of them has started ends with that part, since an idle Airflow takes its share of
+# a core.
 SERVERS := tests/test_airflow_celery.py tests/test_airflow_local.py tests/test_airflow_ui.py
 MORE_SERVERS := tests/test_airflow_new_data.py $(wildcard tests/test_standalone*.py) tests/test_docker_services.py \
-	tests/test_register.py
+	$(wildcard tests/test_register*.py) tests/test_inbox.py tests/test_lease.py
 
 test: setup ## all tests
 	@mkdir -p build
