@@ -146,23 +146,6 @@ def test_an_unknown_layer_is_listed_as_not_counted() -> None:
     assert found.lost[0] == "1"
 
 
-class Undecided(nn.Module):
-    """Takes one of two ways by the values of the pixels."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bright, self.dark = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 5)
-
-    def forward(self, image: Tensor) -> Tensor:
-        return self.bright(image) if image.mean() > 0.1 else self.dark(image)
-
-
-def test_control_flow_by_values_falls_back_to_one_path_and_says_so() -> None:
-    found = trace(Undecided, (3, 9, 9))
-    assert "decides by the values of the pixels" in found.notes[0]
-    assert {layer.name: layer.macs for layer in found.layers if layer.macs} == {"bright": 4 * 49 * 27}
-
-
 def test_sizes_and_names_that_cannot_be() -> None:
     with pytest.raises(PleatError, match=r"cannot take images of 4 x 4 pixels"):
         profile(nn.Sequential(nn.Conv2d(3, 4, 5)), 3, 4, 4)

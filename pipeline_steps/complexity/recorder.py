@@ -18,6 +18,7 @@ from pipeline_steps.complexity import operations
 from pipeline_steps.complexity.field import Field, of_image
 from pipeline_steps.complexity.operations import GROUPS, base_name, group_of, tensors
 from pipeline_steps.complexity.receptive_field import through
+from pipeline_steps.errors import PleatError
 
 Shape = tuple[int, ...]
 
@@ -125,11 +126,23 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
         output = operation(*arguments, **(named or {}))
         inputs = list(tensors(arguments))
-        if not self.stack or not inputs:
-            return output
-        self.stack[-1].torch_macs += operations.torch_macs(operation, arguments, named or {}, output)
+        if self.stack and inputs:
+            try:
+                self.record(operation, arguments, named or {}, inputs, output)
+            except Exception as error:  # else it would pass for an error of the network
+                raise PleatError(
+                    f"The count of {base_name(operation)} in {self.stack[-1].name or 'the network'} failed "
+                    f"({type(error).__name__}: {error}); this is a defect of Pleat, so please report it."
+                ) from error
+        return output
+
+    def record(
+        self, operation: Any, arguments: tuple[Any, ...], named: dict[str, Any], inputs: list[Tensor], output: Any
+    ) -> None:
+        """Counts an operation that gave `output`; `inputs` are the tensors among its arguments."""
+        self.stack[-1].torch_macs += operations.torch_macs(operation, arguments, named, output)
         if self.quiet:
-            return output
+            return
         made = list(tensors(output))
         self.alive.append((made, inputs))
         fields = through(operation, arguments, [self.fields.get(id(values)) for values in inputs], output)
@@ -142,7 +155,6 @@ class Recorder(TorchDispatchMode):
         elif group in GROUPS:
             layer.other[group] += operations.other_operations(base_name(operation), arguments, made[0])
         self.moved(layer, group, inputs, made, fields)
-        return output
 
     def moved(
         self, layer: Layer, group: str | None, inputs: list[Tensor], made: list[Tensor], fields: list[Field]
@@ -176,7 +188,7 @@ class Recorder(TorchDispatchMode):
             formula = own_macs(layer.module, layer.input_shape, layer.output_shape)
             layer.macs = formula if formula is not None and layer.macs else layer.macs
         used = [layer for layer in self.layers if layer.sees or layer.n_values or layer.params or layer.uncounted]
-        return sorted(used, key=lambda layer: layer.place)
+        return sorted(used, key=lambda layer: layer.place) or self.layers[:1]  # a network that does nothing is one row
 
 
 class Functions(TorchFunctionMode):

@@ -105,7 +105,7 @@ class Profile:
             layer, sees = self.trace.lost
             told.append(
                 f"The receptive field could not be followed through {layer or 'the network'} ({sees.lost}); "
-                "it is missing for what depends on that alone."
+                "it is missing for all that depends on it."
             )
         return told + self.trace.notes
 
@@ -206,7 +206,11 @@ def compared(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
     add("Operations of pooling and means", total("pooling_ops"))
     add("Other operations, value by value", total("elementwise_ops"))
     add("Bytes moved", total("bytes_moved"), unit="B")
-    add("FLOPs for each byte", [one.totals["flops"] / one.totals["bytes_moved"] for one in profiles], "{:.1f}".format)
+    add(
+        "FLOPs for each byte",
+        [one.totals["flops"] / max(one.totals["bytes_moved"], 1) for one in profiles],
+        "{:.1f}".format,
+    )
     fields = [one.trace.feature_map[1] if one.trace.feature_map else None for one in profiles]
     add("Theoretical receptive field", [field.pixels if field else None for field in fields], str, " px")
     add(

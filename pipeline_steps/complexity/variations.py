@@ -3,6 +3,7 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -59,14 +60,12 @@ def table(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> pd.Dat
 def _shapes(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Shapes of what goes into and comes out of each module that is called once, by name."""
     seen: dict[str, Any] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update(
-                {name: None if name in seen else (getattr(inputs[0], "shape", None), getattr(output, "shape", None))}
-            )
-        )
-        for name, module in network.named_modules()
-    ]
+
+    def note(name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        first = next(iter(inputs), None)  # none where all comes by keyword
+        seen[name] = None if name in seen else (getattr(first, "shape", None), getattr(output, "shape", None))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules()]
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     with torch.no_grad():
         network(torch.zeros(1, *shape, device=device))
