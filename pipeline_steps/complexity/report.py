@@ -143,10 +143,10 @@ def column_of(timing: Timing) -> str:
 def _effective(subject: Subject, found: Trace, encoded: Mapping[str, bytes], weights: Path | None) -> Effective:
     import torch
 
-    if found.feature_map is None or not found.feature_map[0]:
+    if found.local_output is None:
         raise NoEffectiveFieldError(
-            f"{subject.name} has no layer whose positions belong to parts of the image, so it has no effective "
-            "receptive field to measure; leave `--images` out."
+            f"{subject.name} has no layer that gives a map of positions which belong to parts of the image, so it has "
+            "no effective receptive field to measure."
         )
     images = []
     for name, image in encoded.items():
@@ -156,7 +156,7 @@ def _effective(subject: Subject, found: Trace, encoded: Mapping[str, bytes], wei
             raise PleatError(f"{name} cannot be read as an image; remove it, or give another folder.") from error
     network, words = subject.trained(weights)
     pixels = subject.normalise(torch.stack(images).float())
-    return effective.measure(network.eval(), found.feature_map, pixels, images, words)
+    return effective.measure(network.eval(), found.local_output, pixels, images, words)
 
 
 def write(folder: Path, profiles: Sequence[Profile]) -> None:

@@ -34,6 +34,16 @@ class Trace:
     lost: tuple[str, Field] | None
     notes: list[str]
 
+    @property
+    def local_output(self) -> tuple[str, Field] | None:
+        """The last layer whose own output, in its last call, has a local field: its name and that field; None: none."""
+        last: dict[str, Field | None] = {}
+        for layer in reversed(self.layers):
+            last.setdefault(layer.name, layer.gives)
+        return next(
+            ((name, gives) for name, gives in last.items() if gives is not None and gives.rows is not None), None
+        )
+
 
 def trace(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> Trace:
     """Runs the network that `build` makes on one image of `shape` (channels, height, width), float32.
