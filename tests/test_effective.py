@@ -222,6 +222,17 @@ def test_a_layers_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 10 <= found.layers_ms[""] < found.layers_ms["inner"]
 
 
+def test_the_time_of_a_module_made_on_the_way_is_that_of_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Makes(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return Slow(0.03)(values)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(latency, "BUDGET_S", 0.1)
+    found = latency._of_batch(nn.Sequential(Makes()), torch.zeros(2, 3, 4, 4))
+    assert found.layers_ms["0"] >= 30
+    assert found.layers_ms[""] < 30
+
+
 def test_times_and_peaks_of_a_small_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(latency, "BUDGET_S", 0.1)
     folder = profile.show(["cnn_tiny"], load_params({}), timed=True, root=tmp_path)

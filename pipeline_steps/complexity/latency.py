@@ -130,7 +130,8 @@ def _timed_modules(network: nn.Module, on_gpu: bool) -> Any:
         return event
 
     def enter(module: nn.Module, _inputs: Any) -> None:
-        stack.append((names.get(id(module), ""), now()))
+        around = stack[-1][0] if stack else ""  # of a module that was made while the network ran
+        stack.append((names.get(id(module), around), now()))
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         name, started = stack.pop()
