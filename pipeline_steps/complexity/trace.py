@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_steps.complexity.field import Field
-from pipeline_steps.complexity.recorder import Functions, Layer, Recorder
+from pipeline_steps.complexity.recorder import ATTENTION, Functions, Layer, Recorder
 from pipeline_steps.errors import PleatError
 
 
@@ -83,7 +83,7 @@ def _short(error: Exception) -> str:
 def _recorded(network: nn.Module, image: Tensor) -> Recorder:
     recorder = Recorder(network, image)
     try:
-        with torch.no_grad(), _exact_attention(), recorder.modules(), Functions(recorder), recorder:
+        with torch.no_grad(), _exact_attention(recorder), recorder.modules(), Functions(recorder), recorder:
             network(image)
     except Exception as error:  # each network fails in its own way
         if isinstance(error, PleatError) or (image.is_meta and _needs_values(error)):
@@ -117,11 +117,14 @@ def _feature_map(recorder: Recorder, layers: list[Layer]) -> tuple[str, Field] |
 
 
 @contextmanager
-def _exact_attention() -> Iterator[None]:
-    """Without the fused encoder, which hides what it computes."""
+def _exact_attention(recorder: Recorder) -> Iterator[None]:
+    """Without the fused encoder, which hides what it computes, and with attention inside of torch's own layers seen."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # Torch calls its own functions without the mode `Functions`, so that alone would miss nn.MultiheadAttention.
+    nn.functional.scaled_dot_product_attention = recorder.attention  # type: ignore[assignment]
     try:
         yield
     finally:
+        nn.functional.scaled_dot_product_attention = ATTENTION
         torch.backends.mha.set_fastpath_enabled(before)
