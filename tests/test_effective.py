@@ -1,6 +1,7 @@
 """The effective receptive field against gradients by hand, what changes the field, and how times are attributed."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,46 @@ def test_what_changes_the_field_by_hand() -> None:
     ]
     assert found["map"].tolist() == [16, 16, 32, 16, 16]
     assert found["params"].diff().iloc[-1] == 2 * (8 * 8 * 9 + 8)  # one block twice, against none
+
+
+class PooledHead(nn.Module):
+    """The last local values are made in a layer that gives none."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.relu(values).mean((2, 3))
+
+
+class SharedActivation(nn.Module):
+    """One module after each of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.act(self.two(self.act(self.one(image)))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), PooledHead()), SharedActivation]
+)
+def test_the_first_row_of_the_changes_is_the_field_of_the_report(build: Callable[[], nn.Module]) -> None:
+    found = trace(build, (3, 16, 16)).feature_map
+    assert found is not None
+    assert found[1].pixels == 5
+    assert variations.table(build, (3, 16, 16))["receptive_field_px"].tolist()[:2] == [5, 9]
+
+
+@pytest.mark.parametrize(("padding", "side"), [(1, 16), ("same", 16), ("valid", 10)])
+def test_larger_kernels_keep_the_size_of_the_map_whatever_they_pad_with(padding: int | str, side: int) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=padding, padding_mode="reflect") for _ in range(3)))
+
+    found = variations.table(build, (3, 16, 16)).set_index("change")
+    larger = found.loc["kernels of 3 x 3 made 5 x 5 (those with stride 1)"]
+    assert (larger["receptive_field_px"], found["receptive_field_px"].iloc[0]) == (13, 7)
+    assert found["map"].iloc[0] == side
+    assert larger["map"] == (side if padding != "valid" else 16 - 3 * 4)
 
 
 class Slow(nn.Module):
