@@ -276,3 +276,33 @@ def test_the_most_of_all_channels_keep_their_field() -> None:
     assert table(lambda: Given(run, mix=nn.Conv2d(2, 4, 3)), 3, 9, 9)["receptive_field_px"]["mix"] == 3
     wide = Given(lambda _, image: image.topk(1, 2)[0].mean(1))
     assert table(lambda: wide, 3, 9, 9)["whole_image"].tolist() == ["global pooling"]
+
+
+class Block(nn.Module):
+    """Has the names of a window's settings, which mean something else here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.groups = 7, 2.5, "none"
+        self.mix = nn.Conv2d(3, 3, 1)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return image + self.mix(image)
+
+
+def test_kernels_and_strides_are_those_of_windows_only() -> None:
+    network = nn.Sequential(
+        Block(),
+        nn.MaxPool2d(3, 2),
+        nn.AvgPool2d((2, 1)),
+        nn.Flatten(2),
+        nn.MaxPool1d(3, 2),
+        nn.Conv1d(3, 6, 3, groups=3),
+    )
+    found = table(lambda: network, 3, 21, 21)[["kernel", "stride", "groups"]]
+    assert found.loc["0"].tolist() == ["", "", ""]
+    assert found.loc["0.mix"].tolist() == ["1x1", "1x1", "1"]
+    assert found.loc["1"].tolist() == ["3x3", "2x2", ""]
+    assert found.loc["2"].tolist() == ["2x1", "2x1", ""]
+    assert found.loc["4"].tolist() == ["3", "2", ""]
+    assert found.loc["5"].tolist() == ["3", "1", "3"]

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from pipeline_steps.complexity.operations import N_BYTES
+
 BATCHES = (1, 32)
 BUDGET_S = 4.0  # for the runs of one batch size; as often again for its layers
 MIN_RUNS, MIN_LAYER_RUNS, MAX_RUNS = 3, 2, 50
 PEAK_RUNS = 3
-N_BYTES = 4  # a value, in float32
 
 
 @dataclass(frozen=True)

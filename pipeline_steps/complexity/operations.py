@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+N_BYTES = 4  # a value, in float32
 # The groups under which other operations are counted, in the order of the tables.
 GROUPS = ("normalisation", "activation", "pooling", "elementwise")
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_convolution"}
