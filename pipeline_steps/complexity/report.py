@@ -70,8 +70,8 @@ class Profile:
 
     @property
     def biggest(self) -> pd.DataFrame:
-        """The layers with most multiply-accumulates."""
-        return self.table.nlargest(N_BIGGEST, "macs")
+        """The layers with most multiply-accumulates; none without any."""
+        return self.table[self.table["macs"] > 0].nlargest(N_BIGGEST, "macs")
 
     def slowest(self, timing: Timing) -> pd.DataFrame:
         """The ten layers that took longest."""
