@@ -274,8 +274,8 @@ def test_the_most_of_all_channels_keep_their_field() -> None:
         return self.mix(image.topk(2, 1)[0])
 
     assert table(lambda: Given(run, mix=nn.Conv2d(2, 4, 3)), 3, 9, 9)["receptive_field_px"]["mix"] == 3
-    wide = Given(lambda _, image: image.topk(1, 2)[0].mean(1))
-    assert table(lambda: wide, 3, 9, 9)["whole_image"].tolist() == ["global pooling"]
+    brightest_row = Given(lambda _, image: image.topk(1, 2)[0].mean(1))
+    assert table(lambda: brightest_row, 3, 9, 9)["whole_image"].tolist() == ["global pooling"]
 
 
 class Block(nn.Module):
