@@ -79,12 +79,18 @@ def show(
         The folder.
 
     Raises:
-        PleatError: a name is not known, or a network cannot take images of this size.
+        PleatError: a name is not known or is named twice, or a network cannot take images of this size.
     """
     from pipeline_steps.complexity import effective, report, terminal
 
     if len(names) > 2:
         raise PleatError(f"pleat profile sets two models side by side at most, but {len(names)} were named.")
+    if len(set(names)) < len(names):
+        raise PleatError(
+            f"pleat profile sets two different models side by side, but both are {names[0]}; name it once."
+        )
+    if input_size is not None and input_size < 1:
+        raise PleatError(f"Expected --input-size to be at least 1, but got {input_size}.")
     if weights and (len(names) > 1 or images is None):
         raise PleatError(
             "`--weights FILE` is for the effective receptive field of one model; name one and give `--images`."

@@ -1,16 +1,19 @@
 """The effective receptive field against gradients by hand, what changes the field, and how times are attributed."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import REPOSITORY, load_params
 from torch import Tensor, nn
 
 from pipeline_steps import profile
-from pipeline_steps.complexity import effective, latency, variations
+from pipeline_steps.complexity import drawings, effective, latency, report, variations
+from pipeline_steps.complexity.subject import RANDOM, Subject
 from pipeline_steps.complexity.trace import trace
 from pipeline_steps.errors import PleatError
 from pipeline_steps.files import read_json
@@ -19,7 +22,7 @@ SAMPLE = REPOSITORY / "data" / "raw" / "sample"
 
 
 def measured(network: nn.Module, size: int) -> effective.Effective:
-    found = trace(lambda: network, (1, size, size)).feature_map
+    found = trace(lambda: network, (1, size, size)).local_output
     assert found is not None
     network = network.to_empty(device="cpu") if next(network.parameters()).is_meta else network
     for weight in network.parameters():
@@ -55,13 +58,109 @@ def test_stacked_convolutions_see_the_middle_best() -> None:
 
 def test_a_middle_that_nothing_reaches_is_told() -> None:
     network = nn.Sequential(nn.Conv2d(1, 1, 3), nn.ReLU())
-    found = trace(lambda: network, (1, 9, 9)).feature_map
+    found = trace(lambda: network, (1, 9, 9)).local_output
     assert found is not None
     nn.init.constant_(network[0].weight, -1.0)  # type: ignore[arg-type]
     nn.init.constant_(network[0].bias, -1.0)  # type: ignore[arg-type]
     images = torch.rand(1, 1, 9, 9)
     with pytest.raises(PleatError, match="No gradient comes back from the middle of 1"):
         effective.measure(network, found, images, list(images), "negative")
+
+
+class Pair(nn.Module):
+    """Gives its map twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(1, 1, 3, bias=False)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        made = self.mix(image) * 1
+        return made, made
+
+
+class PooledInside(nn.Module):
+    """Writes into what a layer gave, and goes on with it outside of layers."""
+
+    def __init__(self, layer: nn.Module, detached: bool = False) -> None:
+        super().__init__()
+        self.layer, self.detached = layer, detached
+
+    def forward(self, image: Tensor) -> Tensor:
+        made = self.layer(image.detach() if self.detached else image)
+        made = made[0] if isinstance(made, tuple) else made
+        return nn.functional.avg_pool2d(made.mul_(0), 2).mean((2, 3))
+
+
+@pytest.mark.parametrize("layer", [Pair(), nn.Conv2d(1, 1, 3, bias=False)])
+def test_the_field_is_that_of_the_last_output_of_a_layer(layer: nn.Module) -> None:
+    network = PooledInside(layer)
+    found = trace(lambda: network, (1, 9, 9))
+    assert found.feature_map is not None
+    assert found.feature_map[0] == ""  # the last local values are made between the layers
+    assert found.local_output is not None
+    assert found.local_output[0] == "layer"
+    wanted = np.zeros((9, 9))
+    wanted[3:6, 3:6] = 1 / 9  # as it was before the network wrote zeros into it
+    energy = measured(network, 9).energy
+    np.testing.assert_allclose(energy, wanted)
+
+
+def test_a_network_that_gives_a_map_is_measured_at_its_output() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Conv2d(1, 1, 3, padding=1, bias=False)
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.mix(self.mix(image)) * 2
+
+    found = measured(Twice(), 9)
+    assert (found.layer, found.theoretical_px) == ("", 5)
+    line = np.convolve([1, 1, 1], [1, 1, 1]) ** 2 / 19
+    wanted = np.zeros((9, 9))
+    wanted[2:7, 2:7] = np.outer(line, line)
+    np.testing.assert_allclose(found.energy, wanted, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "pixels"),
+    [
+        ("swin_tiny_patch4_window7_224", "layers.0.blocks.1", 4),  # patches of 4; the rest is attention
+        ("pit_ti_224", "patch_embed.conv", 16),
+        ("deit3_small_patch16_224", "patch_embed.proj", 16),
+    ],
+)
+def test_where_the_last_local_values_are_no_layers_output(name: str, layer: str, pixels: int) -> None:
+    """The square of the theoretical field holds the energy, so the right position was taken."""
+    torch.manual_seed(0)
+    network = timm.create_model(name).eval()
+    found = trace(lambda: timm.create_model(name), (3, 224, 224)).local_output
+    assert found is not None
+    images = torch.rand(1, 3, 224, 224)
+    seen = effective.measure(network, found, images, list(images), "random")
+    assert (seen.layer, seen.theoretical_px) == (layer, pixels)
+    assert seen.side_px[0.9] <= pixels
+
+
+def test_a_network_that_lets_no_gradient_through_is_told() -> None:
+    with pytest.raises(effective.NoEffectiveFieldError, match="No gradient comes back from the middle of layer"):
+        measured(PooledInside(nn.Conv2d(1, 1, 3), detached=True), 9)
+
+
+def test_a_network_without_a_local_output_is_told(tmp_path: Path) -> None:
+    network = nn.Sequential(nn.Flatten(), nn.Linear(3 * 9 * 9, 2))
+    see = lambda _: torch.zeros(3, 9, 9, dtype=torch.uint8)  # noqa: E731
+    given = Subject("dense", 9, "", lambda: network, lambda _: (network, RANDOM), see, lambda pixels: pixels)
+    with pytest.raises(effective.NoEffectiveFieldError, match=r"^dense has no layer .* field to measure\.$"):
+        report.make(given, images={"one": b""})
+
+
+def test_a_field_of_a_few_pixels_of_a_large_image_is_drawn(tmp_path: Path) -> None:
+    found = measured(nn.Sequential(nn.Conv2d(1, 1, 3, bias=False)), 64)
+    assert np.quantile(found.energy, 0.995) == 0
+    drawings.effective(tmp_path / "field.png", "small", found)
+    assert (tmp_path / "field.png").exists()
 
 
 def test_on_images_of_a_folder(tmp_path: Path) -> None:
@@ -104,6 +203,46 @@ def test_what_changes_the_field_by_hand() -> None:
     assert found["params"].diff().iloc[-1] == 2 * (8 * 8 * 9 + 8)  # one block twice, against none
 
 
+class PooledHead(nn.Module):
+    """The last local values are made in a layer that gives none."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return nn.functional.relu(values).mean((2, 3))
+
+
+class SharedActivation(nn.Module):
+    """One module after each of two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two, self.act = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.ReLU()
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.act(self.two(self.act(self.one(image)))).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    "build", [lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), PooledHead()), SharedActivation]
+)
+def test_the_first_row_of_the_changes_is_the_field_of_the_report(build: Callable[[], nn.Module]) -> None:
+    found = trace(build, (3, 16, 16)).feature_map
+    assert found is not None
+    assert found[1].pixels == 5
+    assert variations.table(build, (3, 16, 16))["receptive_field_px"].tolist()[:2] == [5, 9]
+
+
+@pytest.mark.parametrize(("padding", "side"), [(1, 16), ("same", 16), ("valid", 10)])
+def test_larger_kernels_keep_the_size_of_the_map_whatever_they_pad_with(padding: int | str, side: int) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(*(nn.Conv2d(3, 3, 3, padding=padding, padding_mode="reflect") for _ in range(3)))
+
+    found = variations.table(build, (3, 16, 16)).set_index("change")
+    larger = found.loc["kernels of 3 x 3 made 5 x 5 (those with stride 1)"]
+    assert (larger["receptive_field_px"], found["receptive_field_px"].iloc[0]) == (13, 7)
+    assert found["map"].iloc[0] == side
+    assert larger["map"] == (side if padding != "valid" else 16 - 3 * 4)
+
+
 class Slow(nn.Module):
     def __init__(self, seconds: float, inner: nn.Module | None = None) -> None:
         super().__init__()
@@ -122,6 +261,17 @@ def test_a_layers_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.median_ms >= 60
     assert found.layers_ms["inner"] >= 50
     assert 10 <= found.layers_ms[""] < found.layers_ms["inner"]
+
+
+def test_the_time_of_a_module_made_on_the_way_is_that_of_the_one_around_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Makes(nn.Module):
+        def forward(self, values: Tensor) -> Tensor:
+            return Slow(0.03)(values)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(latency, "BUDGET_S", 0.1)
+    found = latency._of_batch(nn.Sequential(Makes()), torch.zeros(2, 3, 4, 4))
+    assert found.layers_ms["0"] >= 30
+    assert found.layers_ms[""] < 30
 
 
 def test_times_and_peaks_of_a_small_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

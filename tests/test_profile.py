@@ -171,16 +171,35 @@ def test_people_profile_a_model_at_another_size_or_two_side_by_side(
     assert list(layers["model"].unique()) == ["cnn_small", "cnn_tiny"]
     printed = capsys.readouterr().out
     assert "counted with 1,000 outputs" in printed
+    cells = next(line.split() for line in printed.splitlines() if line.split()[:1] == ["Parameters"])
     small, tiny = (one["params"] for one in read_json(folder / "totals.json").values())
-    assert f"{tiny / small:.2f}" in printed  # second / first
+    assert tiny < small
+    assert cells[-1] == f"{tiny / small:.2f}"  # second / first
     larger = read_json(profile.show(["cnn_tiny"], params, input_size=64, root=tmp_path) / "totals.json")["cnn_tiny"]
     own = read_json(folder / "totals.json")["cnn_tiny"]
     head = 64 * 1000
     assert larger["macs"] - head == 4 * (own["macs"] - head)
     with pytest.raises(PleatError, match=r"cnn_tiny cannot take images of 8 pixels .* use 16 or more"):
         profile.show(["cnn_tiny"], params, input_size=8, root=tmp_path)
+    with pytest.raises(PleatError, match=r"Expected --input-size to be at least 1, but got 0\."):
+        profile.show(["cnn_tiny"], params, input_size=0, root=tmp_path)
+    with pytest.raises(PleatError, match=r"two different models side by side, but both are cnn_tiny"):
+        profile.show(["cnn_tiny", "cnn_tiny"], params, root=tmp_path)
     with pytest.raises(PleatError, match=r"has a model named 'cnn_tyny'; near names: cnn_tiny"):
         profile.show(["cnn_tyny"], params, root=tmp_path)
+
+
+def test_layers_without_multiply_accumulates_are_none_of_the_biggest(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = profile.show(["cnn_tiny"], load_params({}), root=tmp_path)
+    printed = capsys.readouterr().out
+    listed = printed.partition("layers with most MACs")[2].partition("Both counts")[0]
+    rows = [line.split() for line in listed.splitlines() if line.strip()]
+    kinds = pd.read_csv(folder / "layers.csv").set_index("layer")["kind"]
+    names = [row[0] for row in rows if row[0] in kinds.index]
+    assert len(names) > 2
+    assert set(kinds[names]) == {"Conv2d", "Linear"}
 
 
 def test_a_small_cnn_is_profiled_without_timm_or_pictures(tmp_path: Path) -> None:

@@ -112,7 +112,8 @@ def effective(path: Path, name: str, found: Effective) -> None:
         grey = found.images[0].float().mean(0).numpy()
         left.imshow(grey, cmap="gray", vmin=0, vmax=255, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
         # A few pixels hold so much that all others would vanish beside them.
-        shown = np.sqrt(np.minimum(found.energy / np.quantile(found.energy, 0.995), 1))
+        most = np.quantile(found.energy, 0.995) or found.energy.max()  # a small field leaves nearly all pixels at 0
+        shown = np.sqrt(np.minimum(found.energy / most, 1))
         left.imshow(shown, cmap="inferno", alpha=np.clip(1.5 * shown, 0, 0.85), vmin=0, vmax=1)
         for share, (colour, style) in SQUARES.items():
             label = f"{share:.0%} of the energy: {found.side_px[share]} px a side"

@@ -1,8 +1,9 @@
 """The effective receptive field: which pixels really move the middle of the last feature map, on real images.
 
-The gradient of that position, summed over its channels, with respect to the image is squared and summed over colours,
-and averaged over images (after Luo, Li, Urtasun and Zemel, "Understanding the Effective Receptive Field in Deep
-Convolutional Neural Networks", 2016). Its sum over an area is that area's energy.
+That map is the output of the last layer that gives one. The gradient of its middle position, summed over channels, with
+respect to the image is squared and summed over colours, and averaged over images (after Luo, Li, Urtasun and Zemel,
+"Understanding the Effective Receptive Field in Deep Convolutional Neural Networks", 2016). Its sum over an area is that
+area's energy.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_steps.complexity.field import Field
+from pipeline_steps.complexity.operations import tensors
 from pipeline_steps.errors import PleatError
 from pipeline_steps.formats import listing
 
@@ -52,13 +54,13 @@ class Effective:
 
 
 def measure(
-    network: nn.Module, feature_map: tuple[str, Field], inputs: Tensor, images: Sequence[Tensor], weights: str
+    network: nn.Module, local_output: tuple[str, Field], inputs: Tensor, images: Sequence[Tensor], weights: str
 ) -> Effective:
-    """The effective field of the last feature map.
+    """The effective field of the last feature map that a layer gives.
 
     Args:
         network: on the CPU, in evaluation.
-        feature_map: of `trace`.
+        local_output: of `Trace`.
         inputs: what the network takes, float (n, 3, height, width).
         images: the same as uint8, to be shown.
         weights: where they are from, in words.
@@ -66,20 +68,13 @@ def measure(
     Raises:
         NoEffectiveFieldError: nothing comes back from that position.
     """
-    layer, sees = feature_map
+    layer, sees = local_output
     assert sees.rows is not None
     assert sees.columns is not None
-    made: list[Tensor] = []
-    hook = network.get_submodule(layer).register_forward_hook(lambda _module, _inputs, output: made.append(output))
     network.requires_grad_(False)
     energy = torch.zeros(inputs.shape[-2:], dtype=torch.float64)
     for image in inputs.split(1):
-        made.clear()
-        image = image.clone().requires_grad_()
-        network(image)
-        (gradient,) = torch.autograd.grad(_middle(made[-1], sees).sum(), image)
-        energy += gradient[0].double().square().sum(0)
-    hook.remove()
+        energy += _energy(network, layer, sees, image)
     if not 0 < float(energy.sum()) < float("inf"):
         raise NoEffectiveFieldError(
             f"No gradient comes back from the middle of {layer}, so these images show no effective receptive field; "
@@ -99,6 +94,24 @@ def measure(
         images,
         weights,
     )
+
+
+def _energy(network: nn.Module, layer: str, sees: Field, image: Tensor) -> Tensor:
+    """Energy of one image (1, channels, height, width) at each pixel (height, width)."""
+    made: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        made.append(next(tensors(output)).clone())  # the network may write into its own later
+
+    hook = network.get_submodule(layer).register_forward_hook(keep)
+    image = image.clone().requires_grad_()
+    try:
+        network(image)
+    finally:
+        hook.remove()
+    middle = _middle(made[-1], sees).sum()
+    gradient = torch.autograd.grad(middle, image, allow_unused=True)[0] if middle.requires_grad else None
+    return torch.zeros(image.shape[-2:]) if gradient is None else gradient[0].double().square().sum(0)
 
 
 def _middle(output: Tensor, sees: Field) -> Tensor:

@@ -1,6 +1,6 @@
 """What a value in a network depends on: a part of the image, known exactly along both axes, or all of it."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 
@@ -59,6 +59,12 @@ class Field:
     def on(self, axes: tuple[int, int] | None) -> "Field":
         """With rows and columns in other dimensions."""
         return replace(self, axes=axes)
+
+    def without(self, dims: Set[int]) -> "Field":
+        """After dimensions that hold neither rows nor columns are gone."""
+        assert self.axes is not None
+        rows, columns = (axis - sum(dim < axis for dim in dims) for axis in self.axes)
+        return self.on((rows, columns))
 
 
 def of_image(height: int, width: int) -> Field:

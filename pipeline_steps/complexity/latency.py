@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from pipeline_steps.complexity.operations import N_BYTES
+
 BATCHES = (1, 32)
 BUDGET_S = 4.0  # for the runs of one batch size; as often again for its layers
 MIN_RUNS, MIN_LAYER_RUNS, MAX_RUNS = 3, 2, 50
 PEAK_RUNS = 3
-N_BYTES = 4  # a value, in float32
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,8 @@ def _timed_modules(network: nn.Module, on_gpu: bool) -> Any:
         return event
 
     def enter(module: nn.Module, _inputs: Any) -> None:
-        stack.append((names.get(id(module), ""), now()))
+        around = stack[-1][0] if stack else ""  # of a module that was made while the network ran
+        stack.append((names.get(id(module), around), now()))
 
     def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
         name, started = stack.pop()

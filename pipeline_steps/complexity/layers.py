@@ -1,17 +1,21 @@
 """The table of a network's layers: shapes, parameters, multiply-accumulates, bytes moved, receptive field."""
 
-from math import prod
 from typing import Any
 
 import pandas as pd
+from torch import nn
 
 from pipeline_steps.complexity.field import Field
-from pipeline_steps.complexity.operations import GROUPS
+from pipeline_steps.complexity.operations import GROUPS, N_BYTES
 from pipeline_steps.complexity.recorder import Layer, Shape
 from pipeline_steps.complexity.trace import Trace
 
-N_BYTES = 4  # a value, in float32
 MAX_PARTS = 24
+WINDOWED = {  # by how many axes they slide over
+    1: (nn.Conv1d, nn.ConvTranspose1d, nn.MaxPool1d, nn.AvgPool1d),
+    2: (nn.Conv2d, nn.ConvTranspose2d, nn.MaxPool2d, nn.AvgPool2d),
+    3: (nn.Conv3d, nn.ConvTranspose3d, nn.MaxPool3d, nn.AvgPool3d),
+}
 OTHER = [f"{group}_ops" for group in GROUPS]
 
 
@@ -22,7 +26,7 @@ def table(trace: Trace) -> pd.DataFrame:
         layer, kind: name as in `named_modules`, and class.
         calls: of the module.
         input_shape, output_shape: such as 64x112x112, of one image, at the first call.
-        kernel, stride, groups: of convolutions and pooling; empty elsewhere.
+        kernel, stride, groups: of torch's convolutions and pooling; empty elsewhere.
         params: learnt values.
         macs: multiply-accumulates; `flops` is twice that.
         normalisation_ops, activation_ops, pooling_ops, elementwise_ops: other operations; see operations.py.
@@ -51,12 +55,10 @@ def table(trace: Trace) -> pd.DataFrame:
 
 def _row(calls: list[Layer]) -> dict[str, Any]:
     first = calls[0]
-    module = first.module
     row: dict[str, Any] = {
         "layer": first.name or "(network)", "kind": first.kind, "calls": len(calls),
         "input_shape": _text(first.input_shape), "output_shape": _text(first.output_shape),
-        "kernel": _pair(getattr(module, "kernel_size", None)), "stride": _pair(getattr(module, "stride", None)),
-        "groups": str(getattr(module, "groups", "")) if hasattr(module, "kernel_size") else "",
+        **_window(first.module),
         "params": sum(layer.params for layer in calls), "macs": sum(layer.macs for layer in calls),
     }  # fmt: skip
     for group, name in zip(GROUPS, OTHER, strict=True):
@@ -123,12 +125,18 @@ def parts(layers: pd.DataFrame) -> pd.DataFrame:
 
 def _text(shape: Shape) -> str:
     """Without the batch of one."""
-    shape = shape[1:] if shape[:1] == (1,) else shape
-    return "x".join(map(str, shape)) if prod(shape) or shape else ""
+    return "x".join(map(str, shape[1:] if shape[:1] == (1,) else shape))
 
 
-def _pair(value: Any) -> str:
-    if value is None or value == "":
-        return ""
-    values = [value] if isinstance(value, int) else list(value)
-    return "x".join(map(str, values * 2 if len(values) == 1 else values))
+def _window(module: nn.Module) -> dict[str, str]:
+    """`kernel`, `stride` and `groups`; other modules than torch's may mean something else by such names."""
+    n_axes = next((n for n, kinds in WINDOWED.items() if isinstance(module, kinds)), None)
+    if n_axes is None:
+        return {"kernel": "", "stride": "", "groups": ""}
+    kernel, stride = _sides(module.kernel_size, n_axes), _sides(module.stride, n_axes)
+    return {"kernel": kernel, "stride": stride, "groups": str(getattr(module, "groups", ""))}
+
+
+def _sides(value: Any, n_axes: int) -> str:
+    """As 3x3; one number stands for all axes."""
+    return "x".join(map(str, (value,) * n_axes if isinstance(value, int) else value))

@@ -23,6 +23,8 @@ def moved(
     values = arguments[0]
     if field.rows is None or field.axes is None:
         return [field] * len(made)
+    if name == "as_strided" and output.shape != values.shape:
+        return [field.unknown(name)]
     if name in SAME or name == "expand":
         shift = output.dim() - values.dim()
         return [field.on((field.axes[0] + shift, field.axes[1] + shift))]
@@ -65,19 +67,13 @@ def _reshaped(field: Field, old: tuple[int, ...], new: tuple[int, ...]) -> Field
         return next(places, None)
 
     inner = [prod(old[axis + 1 :]) for axis in field.axes]
-    flat = find(lengths[0] * lengths[1], inner[1])
-    if field.axes[0] == field.axes[1]:
-        columns = find(lengths[1], inner[1])
-        rows = None if columns is None else find(lengths[0], inner[1] * lengths[1], columns)
-        if rows is not None and columns is not None:
-            return field.on((rows, columns))
-    else:
-        columns = find(lengths[1], inner[1])
-        rows = None if columns is None else find(lengths[0], inner[0], columns)
-        if rows is not None and columns is not None:
-            return field.on((rows, columns))
-        if field.axes[1] != field.axes[0] + 1:
-            flat = None
+    flattened = field.axes[0] == field.axes[1]
+    columns = find(lengths[1], inner[1])
+    rows = None if columns is None else find(lengths[0], inner[1] * lengths[1] if flattened else inner[0], columns)
+    if rows is not None and columns is not None:
+        return field.on((rows, columns))
+    neighbours = flattened or field.axes[1] == field.axes[0] + 1
+    flat = find(lengths[0] * lengths[1], inner[1]) if neighbours else None
     if flat is not None and prod(lengths) > 1:
         return field.on((flat, flat))
     if max(new) == prod(new):
@@ -109,8 +105,7 @@ def _dimension_changed(name: str, field: Field, arguments: tuple[Any, ...], outp
         gone = {dim for dim in gone if values.shape[dim] == 1}
     if gone & set(field.axes):
         return field.everywhere("flattened into one vector") if name == "squeeze" else field.unknown(name)
-    rows, columns = (axis - sum(dim < axis for dim in gone) for axis in field.axes)
-    return field.on((rows, columns))
+    return field.without(gone)
 
 
 def _sliced(field: Field, arguments: tuple[Any, ...], output: Tensor) -> Field:

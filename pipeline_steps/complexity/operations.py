@@ -1,9 +1,9 @@
 """What torch's basic operations cost: multiply-accumulates, other operations, values read and written.
 
 A convolution or matrix product takes as many multiply-accumulates as it has outputs, times the inputs that each output
-sums over. Other layers count as in fvcore: batch norm in evaluation 2 operations a value, other normalisations 5. An
-activation counts as 1 whatever its formula, softmax as 5 (maximum, difference, exponential, sum, quotient), pooling and
-interpolation as the values that they look at.
+sums over. Other layers count as in fvcore: batch norm with stored statistics 2 operations a value, other normalisations
+5. An activation counts as 1 whatever its formula, softmax as 5 (maximum, difference, exponential, sum, quotient),
+pooling and interpolation as the values that they look at.
 """
 
 from collections.abc import Iterator
@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
+N_BYTES = 4  # a value, in float32
 # The groups under which other operations are counted, in the order of the tables.
 GROUPS = ("normalisation", "activation", "pooling", "elementwise")
 PRODUCTS = {"convolution", "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "_convolution"}
 NORMALISATION = {
-    "native_batch_norm": 2, "_native_batch_norm_legit_no_training": 2, "_native_batch_norm_legit": 5,
-    "native_layer_norm": 5, "native_group_norm": 5, "_fused_rms_norm": 5,
+    "native_batch_norm", "_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "native_layer_norm",
+    "native_group_norm",
 }  # fmt: skip
 ACTIVATIONS = {
     "relu", "relu6", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "sigmoid", "tanh", "leaky_relu", "elu",
@@ -47,6 +48,11 @@ COPIES = {
     "index_select", "flip", "_to_copy", "copy", "repeat", "im2col", "col2im", "upsample_nearest2d", "pixel_shuffle",
     "pixel_unshuffle", "channel_shuffle", "rot90", "embedding", "expand_copy", "index_put", "fill", "zero", "scatter",
 }  # fmt: skip
+# Memory for what is written later, which counts there.
+ALLOCATIONS = {
+    "zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty",
+    "new_empty_strided",
+}  # fmt: skip
 
 
 def base_name(operation: Any) -> str:
@@ -56,7 +62,7 @@ def base_name(operation: Any) -> str:
 
 
 def group_of(operation: Any) -> str | None:
-    """`product`, one of `GROUPS`, `view` or `copy`; None where it is not known what the operation costs."""
+    """`product`, one of `GROUPS`, `view`, `copy` or `allocation`; None where its cost is not known."""
     name = base_name(operation)
     if name in PRODUCTS:
         return "product"
@@ -70,6 +76,8 @@ def group_of(operation: Any) -> str | None:
         return "view"
     if name in COPIES:
         return "copy"
+    if name in ALLOCATIONS:
+        return "allocation"
     if name in ELEMENTWISE or torch.Tag.pointwise in operation.tags:
         return "elementwise"
     return None
@@ -101,7 +109,7 @@ def attention_macs(query: Tensor, key: Tensor, value: Tensor) -> int:
 def other_operations(name: str, arguments: tuple[Any, ...], output: Tensor) -> int:
     """Operations that are no multiply-accumulates, of an operation in one of `GROUPS`."""
     if name in NORMALISATION:
-        return NORMALISATION[name] * output.numel()
+        return (2 if has_stored_statistics(name, arguments) else 5) * output.numel()
     if name in SOFTMAX:
         return SOFTMAX[name] * output.numel()
     if name in INTERPOLATION:
@@ -112,6 +120,13 @@ def other_operations(name: str, arguments: tuple[Any, ...], output: Tensor) -> i
     if name in REDUCTIONS:
         return int(arguments[0].numel())
     return output.numel()
+
+
+def has_stored_statistics(name: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether one of `NORMALISATION` takes mean and variance from training, not from the values themselves."""
+    if name == "_native_batch_norm_legit" and len(arguments) < 8:  # the one that was given none
+        return False
+    return name.endswith("no_training") or ("batch_norm" in name and not arguments[5])
 
 
 def pair(value: Any) -> tuple[int, int]:

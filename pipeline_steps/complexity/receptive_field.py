@@ -19,7 +19,16 @@ from torch import Tensor
 
 from pipeline_steps.complexity.field import Field, merge
 from pipeline_steps.complexity.layout import moved
-from pipeline_steps.complexity.operations import REDUCTIONS, SOFTMAX, WINDOWS, base_name, group_of, pair, tensors
+from pipeline_steps.complexity.operations import (
+    REDUCTIONS,
+    SOFTMAX,
+    WINDOWS,
+    base_name,
+    group_of,
+    has_stored_statistics,
+    pair,
+    tensors,
+)
 
 
 def through(operation: Any, arguments: tuple[Any, ...], fields: Sequence[Field | None], outputs: Any) -> list[Field]:
@@ -48,9 +57,7 @@ def through(operation: Any, arguments: tuple[Any, ...], fields: Sequence[Field |
         mixes = field.axes is not None and any(axis in normalised for axis in field.axes)
         return [field.everywhere("normalisation over positions", keep=True) if mixes else field] * len(made)
     if group == "normalisation":
-        # Batch norm in evaluation uses stored statistics; everything else takes them from the image.
-        training = name != "native_group_norm" and bool(arguments[5]) if "batch_norm" in name else True
-        stored = "no_training" in name or not training
+        stored = has_stored_statistics(name, arguments)
         return [field if stored else field.everywhere("normalisation over positions", keep=True)] * len(made)
     if name in SOFTMAX:
         mixes = field.axes is not None and arguments[1] % arguments[0].dim() in field.axes
@@ -60,6 +67,8 @@ def through(operation: Any, arguments: tuple[Any, ...], fields: Sequence[Field |
     if group in ("activation", "elementwise"):
         rank = made[0].dim()
         return [merge([_aligned(one, rank, values) for one, values in _with_tensors(fields, arguments)])] * len(made)
+    if name == "copy" and fields[1] is not None:  # what was there before is gone
+        return [_aligned(fields[1], made[0].dim(), arguments[1])]
     return moved(name, arguments, field, known, made)
 
 
@@ -132,14 +141,13 @@ def _reduced(name: str, field: Field, arguments: tuple[Any, ...], output: Tensor
         kernel = before[0] // after[0], before[1] // after[1]
         return _window(field, (kernel, kernel, (0, 0), (1, 1)), output, "global pooling")
     dims = next((part for part in arguments[1:] if isinstance(part, list | tuple)), None)
-    if dims is None and name not in ("linalg_vector_norm", "norm") and len(arguments) > 1:
+    if name == "topk":  # the first number is how many
+        dims = [arguments[2] if len(arguments) > 2 else -1]
+    elif dims is None and name not in ("linalg_vector_norm", "norm") and len(arguments) > 1:
         dims = [arguments[1]] if isinstance(arguments[1], int) and not isinstance(arguments[1], bool) else None
     if not dims:
         return field.everywhere("global pooling")
     gone = {dim % values.dim() for dim in dims}
     if gone & set(field.axes):
         return field.everywhere("global pooling")
-    if output.dim() == values.dim():
-        return field
-    rows, columns = (axis - sum(dim < axis for dim in gone) for axis in field.axes)
-    return field.on((rows, columns))
+    return field if output.dim() == values.dim() else field.without(gone)

@@ -15,11 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pipeline_steps.complexity import operations
-from pipeline_steps.complexity.field import Field, of_image
+from pipeline_steps.complexity.field import Field, merge, of_image
 from pipeline_steps.complexity.operations import GROUPS, base_name, group_of, tensors
 from pipeline_steps.complexity.receptive_field import through
+from pipeline_steps.errors import PleatError
 
 Shape = tuple[int, ...]
+ATTENTION = nn.functional.scaled_dot_product_attention
 
 
 @dataclass
@@ -62,12 +64,14 @@ class Layer:
 
 
 def own_macs(module: nn.Module, input_shape: Shape, output_shape: Shape) -> int | None:
-    """Multiply-accumulates by the settings of a convolution or linear layer; None for other kinds.
+    """Multiply-accumulates by the settings of a convolution or linear layer.
 
+    None for other kinds, and for a transposed convolution whose input came by keyword, so that its shape is not known.
     A convolution sums kernel x in_channels / groups products for each output, a linear layer in_features.
     """
     if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        return prod(input_shape) * module.out_channels // module.groups * prod(module.kernel_size)
+        products = prod(input_shape) * module.out_channels // module.groups * prod(module.kernel_size)
+        return products if input_shape else None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return prod(output_shape) * module.in_channels // module.groups * prod(module.kernel_size)
     if isinstance(module, nn.Linear):
@@ -88,6 +92,7 @@ class Recorder(TorchDispatchMode):
         self.layers: list[Layer] = []
         self.stack: list[Layer] = []
         self.seen: list[tuple[str, Field]] = []  # name of the layer and field of each operation's result, in order
+        self.viewed: dict[int, Tensor] = {}  # what a view is one of
         self.place = 0
         self.quiet = 0  # inside of an operation that was counted as one
 
@@ -103,15 +108,18 @@ class Recorder(TorchDispatchMode):
         def enter(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             first = next(tensors(arguments), None)
             name = self.names.get(id(module))
-            if name is None:  # made while the network ran: it belongs to the module around it
-                name = self.stack[-1].name if self.stack else ""
+            if name is None:  # made while the network ran: what it does belongs to the module around it
+                self.stack.append(self.stack[-1])
+                return
             layer = Layer(name, module, tuple(first.shape) if first is not None else (), place=self.place)
             self.layers.append(layer)
             self.stack.append(layer)
 
-        def leave(_module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
+        def leave(module: nn.Module, _arguments: tuple[Any, ...], output: Any) -> None:
             first = next(tensors(output), None)
             layer = self.stack.pop()
+            if layer.module is not module:
+                return
             layer.output_shape = tuple(first.shape) if first is not None else ()
             layer.gives = self.fields.get(id(first))
 
@@ -125,15 +133,27 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, operation: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
         output = operation(*arguments, **(named or {}))
         inputs = list(tensors(arguments))
-        if not self.stack or not inputs:
-            return output
-        self.stack[-1].torch_macs += operations.torch_macs(operation, arguments, named or {}, output)
-        if self.quiet:
-            return output
+        if self.stack and inputs:
+            try:
+                self.record(operation, arguments, named or {}, inputs, output)
+            except Exception as error:  # else it would pass for an error of the network
+                raise PleatError(
+                    f"The count of {base_name(operation)} in {self.stack[-1].name or 'the network'} failed "
+                    f"({type(error).__name__}: {error}); this is a defect of Pleat, so please report it."
+                ) from error
+        return output
+
+    def record(
+        self, operation: Any, arguments: tuple[Any, ...], named: dict[str, Any], inputs: list[Tensor], output: Any
+    ) -> None:
+        """Counts an operation that gave `output`; `inputs` are the tensors among its arguments."""
+        self.stack[-1].torch_macs += operations.torch_macs(operation, arguments, named, output)
+        group, layer = group_of(operation), self.stack[-1]
+        if self.quiet or group == "allocation":
+            return
         made = list(tensors(output))
         self.alive.append((made, inputs))
         fields = through(operation, arguments, [self.fields.get(id(values)) for values in inputs], output)
-        group, layer = group_of(operation), self.stack[-1]
         if group is None:
             layer.uncounted.append(base_name(operation))
             fields = [one.unknown(base_name(operation)) for one in fields]
@@ -142,15 +162,18 @@ class Recorder(TorchDispatchMode):
         elif group in GROUPS:
             layer.other[group] += operations.other_operations(base_name(operation), arguments, made[0])
         self.moved(layer, group, inputs, made, fields)
-        return output
 
     def moved(
         self, layer: Layer, group: str | None, inputs: list[Tensor], made: list[Tensor], fields: list[Field]
     ) -> None:
         """Notes what an operation read and wrote, and what its outputs depend on."""
+        sees = fields[0] if fields else None
+        if group != "view" and sees and made[0] is inputs[0]:
+            sees = self.written(inputs[0], sees)
         self.fields |= {id(values): one for values, one in zip(made, fields, strict=False)}
         if group == "view":
             self.weights |= {id(values) for values in made if id(inputs[0]) in self.weights}
+            self.viewed |= {id(values): inputs[0] for values in made if values is not inputs[0]}
             return
         # Results that have no values, such as the indices of pooling, are not written when nobody learns.
         for values in [*inputs, *made[:1]]:
@@ -160,15 +183,51 @@ class Recorder(TorchDispatchMode):
                 layer.n_values += values.numel()
         self.place += 1
         layer.place = self.place
-        if fields:
-            layer.sees = fields[0]
-            self.seen.append((layer.name, fields[0]))
+        if sees:
+            layer.sees = sees
+            self.seen.append((layer.name, sees))
+
+    def attention(self, *arguments: Any, **named: Any) -> Tensor:
+        """Scaled dot-product attention as one operation, as it runs fused: its scores are never written to memory."""
+        if not self.stack or self.quiet:
+            return ATTENTION(*arguments, **named)
+        self.quiet += 1
+        output = ATTENTION(*arguments, **named)
+        self.quiet -= 1
+        query, key, value = (*arguments, *(named[name] for name in ("query", "key", "value") if name in named))[:3]
+        self.alive.append(output)
+        layer = self.stack[-1]
+        layer.macs += operations.attention_macs(query, key, value)
+        layer.other["activation"] += operations.SOFTMAX["_softmax"] * query.shape[:-1].numel() * key.shape[-2]
+        known = [self.fields[id(values)] for values in (query, key, value) if id(values) in self.fields]
+        fields = [known[0].everywhere("attention")] if known else []
+        self.moved(layer, "product", [query, key, value], [output], fields)
+        return output
+
+    def written(self, view: Tensor, sees: Field) -> Field:
+        """Notes that what depends on `sees` was written into `view`, and so into what that is a part of.
+
+        Returns:
+            What all of it depends on.
+        """
+        if self.fields.get(id(view)) == sees:
+            return sees
+        while id(view) in self.viewed:
+            around = self.viewed[id(view)]
+            lost = merge([self.fields.get(id(around), sees), sees]).unknown("written into in part")
+            self.fields[id(around)] = lost
+            sees = lost if around.numel() > view.numel() else sees
+            view = around
+        return sees
 
     def finish(self) -> list[Layer]:
         """The layers that compute or hold something, with their parameters."""
         called = {layer.name: layer for layer in reversed(self.layers)}
+        counted: set[int] = set()  # weights that two modules share count at the first
         for name, module in self.network.named_modules():
-            own = sum(weight.numel() for weight in module.parameters(recurse=False))
+            weights = {id(weight): weight.numel() for weight in module.parameters(recurse=False)}
+            own = sum(n for weight, n in weights.items() if weight not in counted)
+            counted |= weights.keys()
             while name not in called:  # used by the module around it, without being called
                 name = name.rpartition(".")[0]
             called[name].params += own
@@ -176,30 +235,16 @@ class Recorder(TorchDispatchMode):
             formula = own_macs(layer.module, layer.input_shape, layer.output_shape)
             layer.macs = formula if formula is not None and layer.macs else layer.macs
         used = [layer for layer in self.layers if layer.sees or layer.n_values or layer.params or layer.uncounted]
-        return sorted(used, key=lambda layer: layer.place)
+        return sorted(used, key=lambda layer: layer.place) or self.layers[:1]  # a network that does nothing is one row
 
 
 class Functions(TorchFunctionMode):
-    """Sees scaled dot-product attention as one operation, as it runs fused: its scores are never written to memory."""
+    """Sees scaled dot-product attention before torch takes it apart."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
         self.recorder = recorder
 
     def __torch_function__(self, function: Any, _: Any, arguments: Any = (), named: Any = None) -> Any:
-        named = named or {}
-        recorder = self.recorder
-        if function is not nn.functional.scaled_dot_product_attention or not recorder.stack or recorder.quiet:
-            return function(*arguments, **named)
-        recorder.quiet += 1
-        output = function(*arguments, **named)
-        recorder.quiet -= 1
-        query, key, value = (*arguments, *(named[name] for name in ("query", "key", "value") if name in named))[:3]
-        recorder.alive.append(output)
-        layer = recorder.stack[-1]
-        layer.macs += operations.attention_macs(query, key, value)
-        layer.other["activation"] += operations.SOFTMAX["_softmax"] * query.shape[:-1].numel() * key.shape[-2]
-        known = [recorder.fields[id(values)] for values in (query, key, value) if id(values) in recorder.fields]
-        fields = [known[0].everywhere("attention")] if known else []
-        recorder.moved(layer, "product", [query, key, value], [output], fields)
-        return output
+        called = self.recorder.attention if function is ATTENTION else function
+        return called(*arguments, **(named or {}))

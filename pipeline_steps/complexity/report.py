@@ -70,8 +70,8 @@ class Profile:
 
     @property
     def biggest(self) -> pd.DataFrame:
-        """The layers with most multiply-accumulates."""
-        return self.table.nlargest(N_BIGGEST, "macs")
+        """The layers with most multiply-accumulates; none without any."""
+        return self.table[self.table["macs"] > 0].nlargest(N_BIGGEST, "macs")
 
     def slowest(self, timing: Timing) -> pd.DataFrame:
         """The ten layers that took longest."""
@@ -105,7 +105,7 @@ class Profile:
             layer, sees = self.trace.lost
             told.append(
                 f"The receptive field could not be followed through {layer or 'the network'} ({sees.lost}); "
-                "it is missing for what depends on that alone."
+                "it is missing for all that depends on it."
             )
         return told + self.trace.notes
 
@@ -143,10 +143,10 @@ def column_of(timing: Timing) -> str:
 def _effective(subject: Subject, found: Trace, encoded: Mapping[str, bytes], weights: Path | None) -> Effective:
     import torch
 
-    if found.feature_map is None or not found.feature_map[0]:
+    if found.local_output is None:
         raise NoEffectiveFieldError(
-            f"{subject.name} has no layer whose positions belong to parts of the image, so it has no effective "
-            "receptive field to measure; leave `--images` out."
+            f"{subject.name} has no layer that gives a map of positions which belong to parts of the image, so it has "
+            "no effective receptive field to measure."
         )
     images = []
     for name, image in encoded.items():
@@ -156,7 +156,7 @@ def _effective(subject: Subject, found: Trace, encoded: Mapping[str, bytes], wei
             raise PleatError(f"{name} cannot be read as an image; remove it, or give another folder.") from error
     network, words = subject.trained(weights)
     pixels = subject.normalise(torch.stack(images).float())
-    return effective.measure(network.eval(), found.feature_map, pixels, images, words)
+    return effective.measure(network.eval(), found.local_output, pixels, images, words)
 
 
 def write(folder: Path, profiles: Sequence[Profile]) -> None:
@@ -206,7 +206,11 @@ def compared(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
     add("Operations of pooling and means", total("pooling_ops"))
     add("Other operations, value by value", total("elementwise_ops"))
     add("Bytes moved", total("bytes_moved"), unit="B")
-    add("FLOPs for each byte", [one.totals["flops"] / one.totals["bytes_moved"] for one in profiles], "{:.1f}".format)
+    add(
+        "FLOPs for each byte",
+        [one.totals["flops"] / max(one.totals["bytes_moved"], 1) for one in profiles],
+        "{:.1f}".format,
+    )
     fields = [one.trace.feature_map[1] if one.trace.feature_map else None for one in profiles]
     add("Theoretical receptive field", [field.pixels if field else None for field in fields], str, " px")
     add(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline_steps.complexity.field import Field
-from pipeline_steps.complexity.recorder import Functions, Layer, Recorder
+from pipeline_steps.complexity.recorder import ATTENTION, Functions, Layer, Recorder
 from pipeline_steps.errors import PleatError
 
 
@@ -34,45 +34,68 @@ class Trace:
     lost: tuple[str, Field] | None
     notes: list[str]
 
+    @property
+    def local_output(self) -> tuple[str, Field] | None:
+        """The last layer whose own output, in its last call, has a local field: its name and that field; None: none."""
+        last: dict[str, Field | None] = {}
+        for layer in reversed(self.layers):
+            last.setdefault(layer.name, layer.gives)
+        return next(
+            ((name, gives) for name, gives in last.items() if gives is not None and gives.rows is not None), None
+        )
+
 
 def trace(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> Trace:
     """Runs the network that `build` makes on one image of `shape` (channels, height, width), float32.
 
-    Where the control flow depends on the pixels, it runs on the CPU with random pixels instead, and a note says so.
+    Where it cannot be made or run without values, it runs on the CPU with random pixels instead, and a note says so.
 
     Raises:
-        PleatError: the network fails on images of this shape.
+        PleatError: the network fails on images of this shape, or the count of an operation fails.
     """
-    with torch.device("meta"):
-        network = build().eval().requires_grad_(False)
     try:
-        return _run(network, torch.zeros(1, *shape, device="meta"), [])
-    except Exception as error:  # each network fails in its own way
-        if not (isinstance(error, NotImplementedError) or "meta" in str(error).lower()):
-            raise _unfit(network, shape, error) from error
+        with torch.device("meta"):
+            network = build().eval().requires_grad_(False)
+        return _traced(_recorded(network, torch.zeros(1, *shape, device="meta")), [])
+    except Exception as error:
+        if not _needs_values(error):
+            raise
+        reason = _short(error)
     network = build().eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     note = (
-        "The network decides by the values of the pixels what it computes. Counted is the path that one image of "
-        "random pixels takes; what other images run through is missing."
+        f"The network cannot be counted without values ({reason}). Counted is what one image of random pixels runs "
+        "through; where a network decides by its pixels, other images may take another path."
     )
-    try:
-        return _run(network, torch.rand(1, *shape, generator=generator), [note])
-    except Exception as error:
-        raise _unfit(network, shape, error) from error
+    return _traced(_recorded(network, torch.rand(1, *shape, generator=generator)), [note])
 
 
-def _unfit(network: nn.Module, shape: tuple[int, int, int], error: Exception) -> PleatError:
-    reason = " ".join(str(error).split())[:160] or type(error).__name__
-    return PleatError(
-        f"{type(network).__name__} cannot take images of {shape[1]} x {shape[2]} pixels ({reason}); use another size."
-    )
+def _needs_values(error: Exception) -> bool:
+    """Whether something failed because the meta device holds no values."""
+    of_meta = isinstance(error, NotImplementedError) or "meta" in str(error).lower()
+    return of_meta and not isinstance(error, PleatError)
 
 
-def _run(network: nn.Module, image: Tensor, notes: list[str]) -> Trace:
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:160].rstrip(". ") or type(error).__name__
+
+
+def _recorded(network: nn.Module, image: Tensor) -> Recorder:
     recorder = Recorder(network, image)
-    with torch.no_grad(), _exact_attention(), recorder.modules(), Functions(recorder), recorder:
-        network(image)
+    try:
+        with torch.no_grad(), _exact_attention(recorder), recorder.modules(), Functions(recorder), recorder:
+            network(image)
+    except Exception as error:  # each network fails in its own way
+        if isinstance(error, PleatError) or (image.is_meta and _needs_values(error)):
+            raise
+        raise PleatError(
+            f"{type(network).__name__} cannot take images of {image.shape[2]} x {image.shape[3]} pixels "
+            f"({_short(error)}); use another size."
+        ) from error
+    return recorder
+
+
+def _traced(recorder: Recorder, notes: list[str]) -> Trace:
     layers = recorder.finish()
     unknown = sorted({f"{name} in {layer.name or 'the network'}" for layer in layers for name in layer.uncounted})
     seen = recorder.seen
@@ -94,11 +117,14 @@ def _feature_map(recorder: Recorder, layers: list[Layer]) -> tuple[str, Field] |
 
 
 @contextmanager
-def _exact_attention() -> Iterator[None]:
-    """Without the fused encoder, which hides what it computes."""
+def _exact_attention(recorder: Recorder) -> Iterator[None]:
+    """Without the fused encoder, which hides what it computes, and with attention inside of torch's own layers seen."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    # Torch calls its own functions without the mode `Functions`, so that alone would miss nn.MultiheadAttention.
+    nn.functional.scaled_dot_product_attention = recorder.attention  # type: ignore[assignment]
     try:
         yield
     finally:
+        nn.functional.scaled_dot_product_attention = ATTENTION
         torch.backends.mha.set_fastpath_enabled(before)

@@ -3,14 +3,16 @@
 import copy
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pandas as pd
 import torch
 from torch import nn
 
+from pipeline_steps.complexity.field import Field
 from pipeline_steps.complexity.layers import field_columns
-from pipeline_steps.complexity.trace import trace
+from pipeline_steps.complexity.trace import Trace, trace
 from pipeline_steps.errors import PleatError
 
 Change = Callable[[nn.Module, dict[str, Any]], str | None]
@@ -41,7 +43,7 @@ def table(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> pd.Dat
         if told[0] is None:
             continue
         layer = layer or found.feature_map[0]
-        sees = next((one.gives for one in found.layers if one.name == layer and one.gives), found.feature_map[1])
+        sees = _field_of(layer, found) or found.feature_map[1]
         columns = field_columns(sees)
         rows.append(
             {
@@ -56,17 +58,23 @@ def table(build: Callable[[], nn.Module], shape: tuple[int, int, int]) -> pd.Dat
     return pd.DataFrame(rows)
 
 
+def _field_of(layer: str, found: Trace) -> Field | None:
+    """The local field of a layer as the report gives it, else that of its output; None: it has none."""
+    if found.feature_map is not None and found.feature_map[0] == layer:
+        return found.feature_map[1]
+    given = (one.gives for one in reversed(found.layers) if one.name == layer and one.gives is not None)
+    return next((gives for gives in given if gives.rows is not None), None)
+
+
 def _shapes(network: nn.Module, shape: tuple[int, int, int]) -> dict[str, Any]:
     """Shapes of what goes into and comes out of each module that is called once, by name."""
     seen: dict[str, Any] = {}
-    hooks = [
-        module.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.update(
-                {name: None if name in seen else (getattr(inputs[0], "shape", None), getattr(output, "shape", None))}
-            )
-        )
-        for name, module in network.named_modules()
-    ]
+
+    def note(name: str, _module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        first = next(iter(inputs), None)  # none where all comes by keyword
+        seen[name] = None if name in seen else (getattr(first, "shape", None), getattr(output, "shape", None))
+
+    hooks = [module.register_forward_hook(partial(note, name)) for name, module in network.named_modules()]
     device = next((weight.device for weight in network.parameters()), torch.device("cpu"))
     with torch.no_grad():
         network(torch.zeros(1, *shape, device=device))
@@ -94,9 +102,14 @@ def _larger_kernels(network: nn.Module, _shapes: dict[str, Any]) -> str | None:
     side = Counter(module.kernel_size[0] for module in found).most_common(1)[0][0]
     for module in (module for module in found if module.kernel_size[0] == side):
         module.kernel_size = (side + 2, side + 2)
+        rows, columns = module.dilation
         if not isinstance(module.padding, str):
-            rows, columns = (padding + step for padding, step in zip(module.padding, module.dilation, strict=True))
-            module.padding = (rows, columns)
+            module.padding = (module.padding[0] + rows, module.padding[1] + columns)
+        if module.padding != "valid":  # what modes other than zeros pad by, last dimension first
+            steps = (columns, columns, rows, rows)
+            module._reversed_padding_repeated_twice = [
+                amount + step for amount, step in zip(module._reversed_padding_repeated_twice, steps, strict=True)
+            ]
         weight = module.weight
         module.weight = nn.Parameter(weight.new_empty(*weight.shape[:2], side + 2, side + 2), requires_grad=False)
     return f"kernels of {side} x {side} made {side + 2} x {side + 2} (those with stride 1)"
