@@ -98,11 +98,16 @@ class Compress(Strict):
         if REFITTED in techniques:
             raise ValueError(f"names '{REFITTED}', which is the model that all of them are made from; use another name")
         known: list[str] = []
+        in_8_bits: set[str] = set()
         for name, technique in techniques.items():
             of = technique.of if isinstance(technique, Int8 | SharedWeights) else None
             if of is not None and of not in known:
                 there = f"; before it there are {', '.join(known)}" if known else ", but it is the first"
                 raise ValueError(f"has {name}.of '{of}', which must be a technique listed before it{there}")
+            if isinstance(technique, Int8) and of in in_8_bits:
+                raise ValueError(f"has {name}.of '{of}', which is in 8 bits already; name another technique, or null")
+            if isinstance(technique, Int8) or of in in_8_bits:
+                in_8_bits.add(name)
             known.append(name)
         return techniques
 

@@ -32,6 +32,7 @@ STUDENT = CNN | {"input_size": 16}
 TECHNIQUES: dict[str, Any] = {
     "int8": {"kind": "int8", "calibration_images": 16},
     "shared": {"kind": "shared_weights", "clusters": 12},
+    "shared_int8": {"kind": "int8", "of": "shared", "calibration_images": 16},
     "small": {"kind": "smaller_input", "input_size": 20},
     "narrow": {"kind": "fewer_filters", "width": 0.25},
     "pruned": {"kind": "pruned", "share": 0.5, "epochs": 2, "batch_size": 8},
@@ -157,6 +158,18 @@ def test_int8_runs_in_integers_and_answers_nearly_the_same(done: Path, tmp_path:
     assert kinds == {np.dtype(np.int8)}
     assert not (packaged(done, "int8") / "state.safetensors").exists()
     before, after = (holdout_probabilities(done, name)[1] for name in ("refitted", "int8"))
+    assert 1e-6 < np.abs(before - after).max() < 0.08
+
+
+def test_int8_of_shared_weights_starts_from_the_shared_values(done: Path) -> None:
+    of_shared, of_refitted = (
+        max((v for v in weights(done, name).values() if v.dtype == np.int8), key=np.size)
+        for name in ("shared_int8", "int8")
+    )
+    assert of_shared.shape == of_refitted.shape == (32, 16, 3, 3)
+    n_values = [len(np.unique(channel)) for channel in of_shared]
+    assert max(n_values) <= TECHNIQUES["shared"]["clusters"] < max(len(np.unique(channel)) for channel in of_refitted)
+    before, after = (holdout_probabilities(done, name)[1] for name in ("shared", "shared_int8"))
     assert 1e-6 < np.abs(before - after).max() < 0.08
 
 

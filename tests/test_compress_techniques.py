@@ -213,6 +213,11 @@ def test_a_network_that_cannot_be_followed_is_refused_in_a_sentence() -> None:
     ("techniques", "candidate", "sentence"),
     [
         ({"a": {"kind": "int8", "of": "b"}, "b": {"kind": "int8"}}, None, "a.of 'b', which must be a technique listed"),
+        ({"a": {"kind": "int8"}, "b": {"kind": "int8", "of": "a"}}, None, "b.of 'a', which is in 8 bits already"),
+        (
+            {"a": {"kind": "int8"}, "b": {"kind": "shared_weights", "clusters": 4, "of": "a"},
+             "c": {"kind": "int8", "of": "b"}}, None, "c.of 'b', which is in 8 bits already",
+        ),
         ({"a": {"kind": "int4"}}, None, "`compress.techniques.a.kind` must be 'int8', .* but got 'int4'"),
         ({"a": {"kind": "int8", "bits": 8}}, None, "unknown key `compress.techniques.a.bits`"),
         ({"a": {"kind": "pruned", "epochs": 1}}, None, "`compress.techniques.a.share` is missing"),
