@@ -97,6 +97,9 @@ class Compress(Strict):
     def _in_order(cls, techniques: dict[str, Technique]) -> dict[str, Technique]:
         if REFITTED in techniques:
             raise ValueError(f"names '{REFITTED}', which is the model that all of them are made from; use another name")
+        dotted = next((name for name in techniques if "." in name), None)
+        if dotted is not None:  # index.html would take the place of the page
+            raise ValueError(f"names '{dotted}', but its report is a folder beside files, so use a name without dots")
         known: list[str] = []
         in_8_bits: set[str] = set()
         for name, technique in techniques.items():
