@@ -24,6 +24,7 @@ from sklearn.metrics import f1_score
 
 from pipeline_steps import compress, package, prepare, refit, register
 from pipeline_steps.complexity.compress import fewer_filters, scoring, techniques
+from pipeline_steps.complexity.compress import refitted as refitted_module
 from pipeline_steps.complexity.compress.refitted import NotPossibleError, Refitted
 from pipeline_steps.complexity.compress.training import inputs_of
 from pipeline_steps.errors import PleatError
@@ -329,6 +330,23 @@ def test_weights_with_other_contents_have_another_name(tmp_path: Path) -> None:
     assert refitted.weights_of(params().models["chosen"]) == ""
 
 
+def test_images_are_read_few_at_a_time_and_in_order(refitted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    original = refitted_module.read_images
+
+    def read_images(path: Path, sample_ids: list[str]) -> dict[str, bytes]:
+        read.append(len(sample_ids))
+        return original(path, sample_ids)
+
+    monkeypatch.setattr(refitted_module, "read_images", read_images)
+    monkeypatch.setattr(refitted_module, "IMAGES_A_CHUNK", 5)
+    rows = folds(refitted).reset_index().sample(12, random_state=0)
+    images = refitted_of(refitted, params()).encoded(rows)
+    assert next(images) == encoded_images(refitted, rows["sample_id"][:1].tolist())[0]
+    assert read == [5]
+    assert list(images) == encoded_images(refitted, rows["sample_id"][1:].tolist())
+
+
 def test_fewer_filters_and_pruning_see_the_pixels_that_are_there(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = prepared_in_scratch(monkeypatch)
     compress.run(params(None, ["narrow", "pruned"]), fresh)
@@ -446,7 +464,7 @@ def test_dvc_runs_the_stage_again_when_code_changes_that_versions_depend_on() ->
     deps = {name.removeprefix("pipeline_steps/") for name in stage["deps"]}
     assert set(compress.CODE) <= deps
     assert {"data/prepare", "data/refit/package"} <= deps
-    # What only names, checks or draws is no dependency of a version; `model_card` and `versions` name it.
+    # Code that only checks, names or draws does not change a version.
     plain = {"errors", "files", "params", "params_compress", "params_models", "progress", "units", "versions"}
     used = [path for name in compress.CODE if name.startswith("complexity") for path in sorted(
         (code / name).glob("*.py") if (code / name).is_dir() else [code / name])]  # fmt: skip
@@ -456,6 +474,8 @@ def test_dvc_runs_the_stage_again_when_code_changes_that_versions_depend_on() ->
             if (code / f"{name}.py").is_file() and name not in plain:
                 covered = {f"{name}.py", *map(str, Path(name).parents)}
                 assert covered & deps, f"{path.name} imports {name}"
+                of_versions = path in used and path.name != "scoring.py" and name != "model_card"
+                assert covered & set(compress.CODE) or not of_versions, f"{path.name} imports {name}"
 
 
 def test_without_techniques_it_imports_nothing_heavy_and_changes_nothing(fresh: Path) -> None:

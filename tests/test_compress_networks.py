@@ -121,6 +121,20 @@ def test_missing_weights_end_the_stage_and_are_no_matter_of_the_size(frozen: Pat
         compress.run(params, root)
 
 
+def test_a_version_depends_on_the_bytes_of_its_weights(frozen: Path, weights: Path, tmp_path: Path) -> None:
+    """`same` and the refitted model start from them; int8 takes the package alone."""
+    copied = Path(shutil.copy(weights, tmp_path / "weights.safetensors"))
+    params = frozen_settings(copied)
+    refitted, techniques = Refitted(params, frozen, tmp_path), params.compress.techniques
+
+    def keys() -> dict[str, str]:
+        return {name: compress._key(refitted, techniques[name], refitted.package) for name in techniques}
+
+    before = keys()
+    copied.write_bytes(copied.read_bytes()[:-1] + b"x")
+    assert {name for name, key in keys().items() if key != before[name]} == {"small", "taught"}
+
+
 def test_a_size_that_the_network_cannot_take_is_not_possible(frozen: Path, tmp_path: Path) -> None:
     path = tmp_path / "test_vit.safetensors"
     save_file(timm.create_model("test_vit").state_dict(), path)

@@ -139,6 +139,20 @@ def test_the_distilled_loss_is_hintons() -> None:
     assert objective.accuracy(torch.eye(4)[[1, 0, 2]], codes) == pytest.approx(2 / 3)
 
 
+def test_the_teachers_answers_go_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = distillation([Output(False, 4)], torch.randn(6, 4), 0.5, 2.0)
+    logits, codes, copied, original = torch.randn(2, 4), torch.tensor([[1, 5], [0, 2]]), [], torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *where: object) -> torch.Tensor:
+        copied.append(tensor is objective.teacher)
+        return original(tensor, *where)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    losses = [objective.loss(logits, codes, objective.weights(codes)) for _ in range(3)]
+    assert sum(copied) == 1
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_a_distilled_loss_is_lowest_where_the_student_answers_as_the_teacher_in_every_target() -> None:
     torch.manual_seed(1)
     outputs = [Output(False, 3), Output(True, 2)]

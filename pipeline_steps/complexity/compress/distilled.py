@@ -79,7 +79,7 @@ def answers(refitted: Refitted, name: str) -> Tensor:
     """
     from pipeline_steps.serving.classifier import Classifier
 
-    path = refitted.scratch / f"answers-{refitted.about['package'][:16]}.npy"
+    path = refitted.scratch / f"answers-{refitted.key}.npy"
     if path.is_file():
         return torch.from_numpy(np.load(path))
     rows = refitted.samples[refitted.samples["side"] == "train"]

@@ -17,6 +17,7 @@ from pipeline_steps.params import Params
 from pipeline_steps.params_models import CustomCnn, Model, ScratchModel, Training
 from pipeline_steps.prepare import IMAGES_A_CHUNK, sha256
 from pipeline_steps.targets import Target
+from pipeline_steps.versions import digest
 from pipeline_steps.vision.weights import check_weights
 
 
@@ -102,6 +103,11 @@ class Refitted:
         """The same of the refitted model itself."""
         settings = model_card.settings_of(self.settings, self.training)
         return Made(**self.cost, told="", epochs=int(self.about["epochs"]), settings=settings)
+
+    @property
+    def key(self) -> str:
+        """Names the model and the samples of both sides: by it what lies in `scratch` is found again."""
+        return digest(self.about["package"], self.about["holdout"])[:16]
 
     def weights_of(self, settings: Model) -> str:
         """Names the contents of a model's weights file; empty where it has none.

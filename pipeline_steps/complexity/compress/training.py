@@ -77,7 +77,7 @@ def fit(
     def go_on(done: list[Epoch]) -> None:
         say(f"compress: {name}: going on after epoch {len(done)} of the interrupted run")
 
-    checkpoint = refitted.scratch / f"{name}-{refitted.about['package'][:16]}.pt"
+    checkpoint = refitted.scratch / f"{name}-{refitted.key}.pt"
     checkpoint.parent.mkdir(parents=True, exist_ok=True)
     with threads_restored(), lease_several(f"compress {name}", plan.training.devices) as devices:
         if isinstance(network, Head):
@@ -119,9 +119,7 @@ def _seen(settings: Model) -> object:
 
 def _prepared(refitted: Refitted, settings: Model) -> str:
     """Prepares the inputs of `settings` in the scratch folder, where they are not there yet; returns their name."""
-    about = refitted.about
-    contents = about["package"], about["holdout"], refitted.weights_of(settings)
-    name = digest(json.dumps(settings.model_dump()), *contents)[:16]
+    name = digest(json.dumps(settings.model_dump()), refitted.key, refitted.weights_of(settings))[:16]
     alone = refitted.settings_of_all.model_copy(update={"models": {name: settings}})
     for batch in alone.experiment.batches:
         if not (refitted.scratch / "data" / "prepare" / name / batch / "inputs.json").is_file():
