@@ -11,9 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline_steps.errors import PleatError
-from pipeline_steps.files import atomic_folder, read_json, write_csv, write_json, write_text
+from pipeline_steps.files import atomic_folder, read_json, remove, write_csv, write_json, write_text
 from pipeline_steps.params import Params
-from pipeline_steps.params_compress import REFITTED, Technique
+from pipeline_steps.params_compress import (
+    REFITTED,
+    Compress,
+    Distilled,
+    Int8,
+    SharedWeights,
+    SmallerInput,
+    Technique,
+)
 from pipeline_steps.progress import say
 
 if TYPE_CHECKING:
@@ -26,12 +34,19 @@ if TYPE_CHECKING:
 MODELS = Path("data/compress/models")  # NAME/package and NAME/metrics.json of each version
 REPORTS = Path("reports/compression")
 SCRATCH = Path(".pleat/compress")  # what was made so far; DVC empties a stage's outputs before it runs again
+# What a version depends on, beside settings and data; files and folders of pipeline_steps, all of them in dvc.yaml too.
+CODE = (
+    "complexity/compress", "complexity/field.py", "complexity/layers.py", "complexity/layout.py",
+    "complexity/operations.py", "complexity/receptive_field.py", "complexity/recorder.py", "complexity/trace.py",
+    "fitting.py", "package.py", "packed.py", "prepare.py", "refit.py", "serving", "targets.py", "train.py", "vision",
+)  # fmt: skip
 
 
 def run(params: Params, root: Path = Path()) -> "pd.DataFrame | None":
     """Writes data/compress (models/, metrics.json) and reports/compression (index.html, table.csv, a picture, cards).
 
-    An interrupted run goes on after the last version that it finished, and a training after its last epoch.
+    An interrupted run goes on after the last version that it finished, and a training after its last epoch. Finished
+    versions stay in `SCRATCH`, so that another run of the stage makes only what has changed.
 
     Returns:
         The table, or None where params.yaml lists no technique. One row a version, the refitted model first: name,
@@ -48,15 +63,17 @@ def run(params: Params, root: Path = Path()) -> "pd.DataFrame | None":
         say("compress: no technique is listed in `compress.techniques`, so the refitted model stays as it is")
         return None
     from pipeline_steps.complexity.compress import scoring, timing
-    from pipeline_steps.complexity.compress.refitted import Made, Refitted
+    from pipeline_steps.complexity.compress.refitted import Refitted
     from pipeline_steps.vision.lease import lease
 
     refitted = Refitted(params, root, root / SCRATCH)
-    made: dict[str, Made] = {REFITTED: Made(**refitted.cost, told="")}
+    made: dict[str, Made] = {REFITTED: refitted.made}
     packages: dict[str, Path] = {REFITTED: refitted.package}
     refused: dict[str, str] = {}
-    for name, technique in params.compress.techniques.items():
-        _make(refitted, name, technique, made, packages, refused)
+    techniques = params.compress.techniques
+    for name in _in_turn(params.compress):
+        _make(refitted, name, techniques[name], made, packages, refused)
+    packages = {name: packages[name] for name in (REFITTED, *techniques) if name in packages}
     scored: dict[str, Scored] = {}
     for name, folder in packages.items():
         scored[name] = scoring.score(refitted, folder)
@@ -66,7 +83,7 @@ def run(params: Params, root: Path = Path()) -> "pd.DataFrame | None":
         times = timing.time_in_turns(packages, {name: one.input_size for name, one in made.items()})
     table = _table(refitted, made, packages, refused, scored, times)
     _write(refitted, made, packages, scored, table)
-    shutil.rmtree(root / SCRATCH, ignore_errors=True)
+    _tidy(root / SCRATCH, [folder.parent for name, folder in packages.items() if name != REFITTED])
     return table
 
 
@@ -81,6 +98,24 @@ def candidate(params: Params, root: Path) -> tuple[dict[str, Any], Path]:
     return dict(read_json(place / "metrics.json")), place / "package"
 
 
+def _in_turn(settings: Compress) -> list[str]:
+    """Names in the order in which they are made: the candidate and what it starts from come first.
+
+    So a candidate that is not possible ends the stage before the long trainings of others.
+    """
+    first: list[str] = []
+    name = settings.candidate
+    while name is not None:
+        first.insert(0, name)
+        name = _source(settings.techniques[name])
+    return [*first, *(name for name in settings.techniques if name not in first)]
+
+
+def _source(technique: Technique) -> str | None:
+    """The technique whose result this one changes; None: it starts from the refitted model."""
+    return technique.of if isinstance(technique, Int8 | SharedWeights) else None
+
+
 def _make(
     refitted: "Refitted",
     name: str,
@@ -93,14 +128,14 @@ def _make(
     from pipeline_steps.complexity.compress import techniques
     from pipeline_steps.complexity.compress.refitted import Made, NotPossibleError
 
-    source = getattr(technique, "of", None) or REFITTED
+    source = _source(technique) or REFITTED
     if source in refused:
         refused[name] = f"it starts from {source}, which was not possible"
     else:
         folder = refitted.scratch / f"{name}-{_key(refitted, technique, packages[source])}"
         try:
             if (folder / "made.json").is_file():
-                say(f"compress: {name} was made before the interruption")
+                say(f"compress: {name} was made before")
             else:
                 say(f"compress: {name} ({technique.kind})")
                 with atomic_folder(folder) as out:
@@ -124,14 +159,35 @@ def _key(refitted: "Refitted", technique: Technique, source: Path) -> str:
     from pipeline_steps import package
     from pipeline_steps.versions import digest
 
-    params = refitted.settings_of_all.model_dump(exclude={"promotion", "inbox", "compress"})
-    code = [path.read_bytes() for path in sorted((Path(__file__).parent / "complexity" / "compress").glob("*.py"))]
-    return digest(json.dumps([technique.model_dump(), params]), package.digest(source), *code)[:16]
+    params = refitted.settings_of_all
+    settings = params.model_dump(exclude={"profile", "promotion", "inbox", "compress"})
+    weights = ""
+    if isinstance(technique, SmallerInput):
+        weights = refitted.weights_of(refitted.settings)
+    elif isinstance(technique, Distilled):
+        weights = refitted.weights_of(params.models[technique.student])
+    parts = json.dumps([technique.model_dump(), settings]), package.digest(source), weights
+    return digest(*parts, *(path.read_bytes() for path in _code()))[:16]
+
+
+def _code() -> list[Path]:
+    """The files of `CODE`."""
+    places = [Path(__file__).parent / name for name in CODE]
+    return [path for place in places for path in (sorted(place.glob("*.py")) if place.is_dir() else [place])]
+
+
+def _tidy(scratch: Path, kept: list[Path]) -> None:
+    """Removes all but the finished versions of this table: inputs, checkpoints, versions of former settings."""
+    for path in scratch.iterdir() if scratch.is_dir() else ():
+        if path not in kept:
+            remove(path)
 
 
 def _told_score(scored: "Scored") -> str:
-    value = scored.scores.get("f1_weighted")
-    return "no holdout to score it on" if value is None else f"weighted F1 {value:.4f} on the holdout"
+    if not scored.scores:
+        return "no holdout to score it on"
+    value = scored.scores["f1_weighted"]
+    return "weighted F1 is undefined on the holdout" if value is None else f"weighted F1 {value:.4f} on the holdout"
 
 
 def _table(
@@ -188,6 +244,7 @@ def _write_nothing(root: Path) -> None:
     with atomic_folder(root / MODELS) as out:
         write_json(out / "names.json", [])
     write_json(root / MODELS.parent / "metrics.json", {})
+    _tidy(root / SCRATCH, [])
 
 
 def _write(
@@ -211,9 +268,11 @@ def _write(
             about = refitted.about | scored[name].scores
             about |= {"targets": scored[name].targets, "technique": name, "told": made[name].told}
             about |= {key: int(rows[name][key]) for key in ("params", "macs", "input_size")}
-            compress_report.write_card(refitted, about, scored[name], reports / name, models / name / "package")
-            rows[name]["size_bytes"] = about["size_bytes"] = package.n_bytes(models / name / "package")
-            about["package"] = package.digest(models / name / "package")
+            about["epochs"] = made[name].epochs
+            packaged = models / name / "package"
+            compress_report.write_card(refitted, about, made[name].settings, scored[name], reports / name, packaged)
+            rows[name]["size_bytes"] = about["size_bytes"] = package.n_bytes(packaged)
+            about["package"] = package.digest(packaged)
             about |= {key: rows[name][key] for key in ("latency_1_ms", "latency_32_ms")}
             write_json(models / name / "metrics.json", about)
             kept = ("f1_weighted", "size_bytes", "params", "macs", "latency_1_ms", "latency_32_ms")

@@ -14,8 +14,9 @@ from pipeline_steps import model_card, pages
 from pipeline_steps.complexity.compress.refitted import Refitted
 from pipeline_steps.complexity.compress.timing import N_THREADS, ROUNDS
 from pipeline_steps.files import write_text
+from pipeline_steps.params import flat
 from pipeline_steps.plots import BLUE, PALE, SOFT, figure, short
-from pipeline_steps.plots_compare import label_points
+from pipeline_steps.plots_compare import label_points, log_ticks
 from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
@@ -25,14 +26,26 @@ LOG_WIDTH = 1000  # columns where the output is no terminal
 PICTURE = "quality_against_cost"
 
 
-def write_card(refitted: Refitted, about: dict[str, Any], scored: "Scored", reports: Path, packaged: Path) -> None:
-    """Writes the model card of one version: a page into `reports`, README.md into its package."""
+def write_card(
+    refitted: Refitted,
+    about: dict[str, Any],
+    settings: dict[str, Any],
+    scored: "Scored",
+    reports: Path,
+    packaged: Path,
+) -> None:
+    """Writes the model card of one version: a page into `reports`, README.md into its package.
+
+    Args:
+        about: as in its metrics.json.
+        settings: of the training that its weights come from, by dotted key.
+    """
     params, samples = refitted.settings_of_all, refitted.samples
     card = model_card.collect(params, refitted.root, about, samples, scored.held, refitted.travels["data_version"])
     card["compression"] = {"name": about["technique"], "told": about["told"]}
     card["cost"] = {key: about[key] for key in ("params", "macs", "input_size")}
     technique = params.compress.techniques[about["technique"]]
-    card["settings"] |= {f"compress.{key}": value for key, value in technique.model_dump().items()}
+    card["settings"] = {"epochs": about["epochs"], **settings, **flat("compress", technique.model_dump())}
     model_card.write(reports, packaged, card)
 
 
@@ -76,7 +89,7 @@ def quality_against_cost(path: Path, table: pd.DataFrame) -> None:
             axes.scatter(cost[1:], change[1:], s=54, color=BLUE, zorder=3)
             axes.scatter(cost[:1], change[:1], s=54, facecolor="white", edgecolor=BLUE, zorder=3)
             axes.set_xlim(cost.min() / 1.8, cost.max() * 1.8)
-            _plain_ticks(axes)
+            log_ticks(axes, lambda cost: f"{cost:g}")
             axes.margins(y=0.14)
             axes.set_xlabel(label)
             axes.set_ylabel("change in weighted F1 (points), 95% interval" if place == 0 else "")
@@ -84,17 +97,6 @@ def quality_against_cost(path: Path, table: pd.DataFrame) -> None:
         drawing.draw_without_rendering()
         for axes, (cost, *_) in zip(drawing.axes, costs, strict=True):
             label_points(axes, cost, change, error, [], names)
-
-
-def _plain_ticks(axes: Any) -> None:
-    from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
-
-    low, high = axes.get_xlim()
-    powers = [10.0**power for power in range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)]
-    ticks = [step * power for power in powers for step in (1, 2, 5) if low <= step * power <= high]
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 def print_table(table: pd.DataFrame, candidate: str | None) -> None:

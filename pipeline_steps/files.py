@@ -1,10 +1,11 @@
 """Writing files so that nothing half-written is ever taken for finished."""
 
+import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from pipeline_steps.errors import PleatError
 PARTIAL = ".partial-"  # .partial-PID-NAME beside NAME; git and DVC ignore it
 REPLACED = ".replaced"
 FLOAT_FORMAT = "%.6g"  # of CSV files
+# The system's errors that say of a place that it cannot be written; others may be a network's, or of what is read.
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES}
 
 
 @contextmanager
@@ -36,12 +39,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(path, error) from error
     finally:
-        _remove(partial)
+        remove(partial)
 
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside `path`; it takes the place of `path` on success and is removed on failure.
+
+    What is done inside may fail in other ways than by writing; these errors stay as they are.
 
     Raises:
         PleatError: the place cannot be written or the disk is full.
@@ -49,19 +54,31 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     partial = path.with_name(f"{PARTIAL}{os.getpid()}-{path.name}")
     replaced = partial.with_name(partial.name + REPLACED)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
-        partial.mkdir()
-        yield partial
-        # Moved away before it is removed: a folder that is half removed must not stand under its own name.
-        if path.exists():
-            path.replace(replaced)
-        partial.replace(path)
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        with _told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _sweep(path)
+            partial.mkdir()
+        with _told(path, UNWRITABLE):
+            yield partial
+        with _told(path):
+            # Moved away before it is removed: a folder that is half removed must not stand under its own name.
+            if path.exists():
+                path.replace(replaced)
+            partial.replace(path)
     finally:
-        _remove(partial)
-        _remove(replaced)
+        remove(partial)
+        remove(replaced)
+
+
+@contextmanager
+def _told(path: Path, only: Container[int] | None = None) -> Iterator[None]:
+    """Tells the system's errors (only those of these numbers) as what keeps `path` from being written."""
+    try:
+        yield
+    except OSError as error:
+        if only is not None and error.errno not in only:
+            raise
+        raise _unwritable(path, error) from error
 
 
 def _sweep(path: Path) -> None:
@@ -70,7 +87,7 @@ def _sweep(path: Path) -> None:
     for left in path.parent.glob(f"{PARTIAL}*"):
         found = ours.fullmatch(left.name)
         if found and not _alive(int(found[1])):
-            _remove(left)
+            remove(left)
 
 
 def _alive(pid: int) -> bool:
@@ -85,7 +102,7 @@ def _alive(pid: int) -> bool:
     return True
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
     """Removes a file or folder as far as that is possible; never raises, so that no other error gets hidden."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)

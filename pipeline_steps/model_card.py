@@ -15,6 +15,7 @@ from pipeline_steps.bootstrap import Estimate, Holdout, Labels, f1_weighted_inte
 from pipeline_steps.files import read_json, write_text
 from pipeline_steps.metrics import Floats, Ints
 from pipeline_steps.params import Params, flat
+from pipeline_steps.params_models import Model, Training
 from pipeline_steps.targets import Target
 
 CONFIDENCE = 0.95
@@ -63,7 +64,7 @@ def collect(
     mean, intervals = None, dict[str, Estimate]()
     if len(rows):
         actual = {target.name: list(map(labels_of, target.labels(rows))) for target in targets}
-        answers = {one.target.name: _names(one.target, one.predicted) for one in held}
+        answers = {one.target.name: labels_answered(one) for one in held}
         found = f1_weighted_interval(Holdout(actual, rows["group"].tolist()), answers, CONFIDENCE)
         mean, intervals = found.mean, found.targets
     sections = []
@@ -99,11 +100,15 @@ def collect(
         "cost": read_json(data / "profile" / f"{model}.json"),
         "settings": {
             "epochs": about["epochs"],
-            **flat("model", params.models[model].model_dump()),
-            **flat("training", params.training[model].model_dump()),
+            **settings_of(params.models[model], params.training[model]),
         },
         "limits": _limits(params, sections, about),
     }
+
+
+def settings_of(model: Model, training: Training) -> dict[str, Any]:
+    """What a model was trained with, by dotted key."""
+    return flat("model", model.model_dump()) | flat("training", training.model_dump())
 
 
 def write(reports: Path, packaged: Path, card: dict[str, Any]) -> None:
@@ -131,9 +136,10 @@ def _told(targets: Sequence[Target]) -> str:
     return f"Tells {', '.join(listed)} of an image."
 
 
-def _names(target: Target, codes: Ints) -> list[Labels]:
-    applies = metrics.indicator(codes, len(target.classes))
-    return [tuple(target.classes[code] for code in np.flatnonzero(row)) for row in applies]
+def labels_answered(held: Held) -> list[Labels]:
+    """The labels that the model answers each of the n samples with."""
+    applies = metrics.indicator(held.predicted, len(held.target.classes))
+    return [tuple(held.target.classes[code] for code in np.flatnonzero(row)) for row in applies]
 
 
 def _scores(names: Sequence[str], holdout: dict[str, Any], folds: dict[str, Any], weighted: Estimate | None) -> Any:

@@ -237,9 +237,15 @@ class Params(Strict):
                     raise ValueError(f"`{key}` is '{settings.student}', but `{block}` defines {known}")
         return self
 
+    @property
+    def _trained(self) -> list[str]:
+        """Names of the models that some stage trains: those of the experiment, and students."""
+        students = [one.student for one in self.compress.techniques.values() if isinstance(one, Distilled)]
+        return list(dict.fromkeys([*self.experiment.models, *students]))
+
     @model_validator(mode="after")
     def _augmented_models_see_pixels(self) -> "Params":
-        for name in self.experiment.models:
+        for name in self._trained:
             if self.models[name].kind == "frozen" and self.training[name].augment != Augment():
                 raise ValueError(
                     f"`training.{name}.augment` changes pixels, but models.{name} is frozen: its features are computed "
@@ -250,7 +256,7 @@ class Params(Strict):
     @model_validator(mode="after")
     def _losses_fit_the_targets(self) -> "Params":
         multiclass = [name for name, target in self.targets.items() if target.kind == "multiclass"]
-        for name in self.experiment.models:
+        for name in self._trained:
             if multiclass and self.training[name].loss.kind == "asymmetric":
                 raise ValueError(
                     f"`training.{name}.loss.kind` is 'asymmetric', which is for multilabel targets only, but "

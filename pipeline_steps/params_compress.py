@@ -97,12 +97,20 @@ class Compress(Strict):
     def _in_order(cls, techniques: dict[str, Technique]) -> dict[str, Technique]:
         if REFITTED in techniques:
             raise ValueError(f"names '{REFITTED}', which is the model that all of them are made from; use another name")
+        dotted = next((name for name in techniques if "." in name), None)
+        if dotted is not None:  # index.html would take the place of the page
+            raise ValueError(f"names '{dotted}', but its report is a folder beside files, so use a name without dots")
         known: list[str] = []
+        in_8_bits: set[str] = set()
         for name, technique in techniques.items():
             of = technique.of if isinstance(technique, Int8 | SharedWeights) else None
             if of is not None and of not in known:
                 there = f"; before it there are {', '.join(known)}" if known else ", but it is the first"
                 raise ValueError(f"has {name}.of '{of}', which must be a technique listed before it{there}")
+            if isinstance(technique, Int8) and of in in_8_bits:
+                raise ValueError(f"has {name}.of '{of}', which is in 8 bits already; name another technique, or null")
+            if isinstance(technique, Int8) or of in in_8_bits:
+                in_8_bits.add(name)
             known.append(name)
         return techniques
 

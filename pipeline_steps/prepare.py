@@ -51,7 +51,7 @@ def run(params: Params, model: str, batch: str, root: Path = Path(), to: Path | 
         else:
             rows, about = _pixels(settings, images, root)
         shape = _write(out / "inputs.npy", track(rows, title, len(ids), "images"), len(ids))
-        about |= {"shape": list(shape), "sha256": _sha256(out / "inputs.npy")}
+        about |= {"shape": list(shape), "sha256": sha256(out / "inputs.npy")}
         write_json(out / "sample_ids.json", ids)
         write_json(out / "inputs.json", about)
     say(f"{title}: {about['kind']} of {len(ids):,} images, shape {shape}")
@@ -72,7 +72,7 @@ def _features(
     backbone, preprocessing = load_backbone(
         settings.backbone, weights, settings.head_on, settings.input_size, settings.crop_pct
     )
-    about = {"kind": "features", "weights_sha256": _sha256(weights) if weights else "from timm's hub"}
+    about = {"kind": "features", "weights_sha256": sha256(weights) if weights else "from timm's hub"}
     leased.enter_context(lease(purpose))  # until all rows are written; a leased GPU is torch's current device
     return extract(backbone, preprocessing, images), about
 
@@ -93,7 +93,7 @@ def _pixels(
     if isinstance(settings, FinetunedModel):
         weights = root / settings.weights if settings.weights else None
         create(name, weights, pretrained=True, input_size=wanted, head_on=settings.head_on)
-        about["weights_sha256"] = _sha256(weights) if weights else "from timm's hub"
+        about["weights_sha256"] = sha256(weights) if weights else "from timm's hub"
     return _each(images, preprocessing(name, wanted, settings.crop_pct)), about
 
 
@@ -124,6 +124,7 @@ def _write(path: Path, rows: Iterator[np.ndarray], n_rows: int) -> tuple[int, ..
     return shape
 
 
-def _sha256(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """Names the contents of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -61,7 +61,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     learn, held = (torch.from_numpy(np.flatnonzero(samples["side"] == side)) for side in ("train", "holdout"))
     epochs = _chosen_epochs(model, params.experiment.folds, root)
     thresholds = [_thresholds(params, model, target, root) if target.multilabel else None for target in learned]
-    seed = params.experiment.seed * 1000 + len(params.experiment.folds)  # the folds have those below
+    seed = seed_of(params)
 
     torch.manual_seed(seed)
     network = build_network(settings, training, inputs, objective.n_outputs, root)
@@ -97,14 +97,19 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
     scored = "no holdout"
     if len(held):
         scores = [metrics.headlines(one.target.codes(rows), one.probability, one.predicted) for one in judged]
-        about |= _numbers(metrics.mean_of_targets(scores))
-        about["targets"] = {target.name: _numbers(one) for target, one in zip(learned, scores, strict=True)}
+        about |= numbers(metrics.mean_of_targets(scores))
+        about["targets"] = {target.name: numbers(one) for target, one in zip(learned, scores, strict=True)}
         over = f" (mean of {len(learned)} targets)" if len(learned) > 1 else ""
         scored = f"weighted F1 {about['f1_weighted']:.4f}{over} on {len(held):,} of the holdout"
     summary = _write(params, root, network, about, samples, judged, fitted)
     checkpoint.unlink(missing_ok=True)
     say(f"refit {model}: {len(learn):,} samples, {epochs} epochs; {scored}")
     return summary
+
+
+def seed_of(params: Params) -> int:
+    """The seed of a training on the whole training side; the folds have those below."""
+    return params.experiment.seed * 1000 + len(params.experiment.folds)
 
 
 def _chosen_epochs(model: str, folds: list[int], root: Path) -> int:
@@ -132,7 +137,8 @@ def _digest(rows: pd.DataFrame, labels: list[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def _numbers(scores: Mapping[str, float]) -> dict[str, float | None]:
+def numbers(scores: Mapping[str, float]) -> dict[str, float | None]:
+    """Scores as JSON holds them: None where they are undefined."""
     return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
 
 

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import load_params
+from conftest import document, load_params
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
@@ -18,11 +18,14 @@ from onnx.numpy_helper import from_array
 from sklearn.cluster import KMeans
 from torch import nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
+from pipeline_steps import params
 from pipeline_steps.complexity.compress import int8, shared_weights
 from pipeline_steps.complexity.compress.distilled import Distillation
 from pipeline_steps.complexity.compress.pruned import fold_standardisation, prune
 from pipeline_steps.complexity.compress.refitted import NotPossibleError
+from pipeline_steps.complexity.compress.training import macs
 from pipeline_steps.errors import PleatError
 from pipeline_steps.package import Answering, _exported
 from pipeline_steps.targets import Target
@@ -136,6 +139,20 @@ def test_the_distilled_loss_is_hintons() -> None:
     assert objective.accuracy(torch.eye(4)[[1, 0, 2]], codes) == pytest.approx(2 / 3)
 
 
+def test_the_teachers_answers_go_to_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = distillation([Output(False, 4)], torch.randn(6, 4), 0.5, 2.0)
+    logits, codes, copied, original = torch.randn(2, 4), torch.tensor([[1, 5], [0, 2]]), [], torch.Tensor.to
+
+    def to(tensor: torch.Tensor, *where: object) -> torch.Tensor:
+        copied.append(tensor is objective.teacher)
+        return original(tensor, *where)
+
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    losses = [objective.loss(logits, codes, objective.weights(codes)) for _ in range(3)]
+    assert sum(copied) == 1
+    assert losses[0] == losses[1] == losses[2]
+
+
 def test_a_distilled_loss_is_lowest_where_the_student_answers_as_the_teacher_in_every_target() -> None:
     torch.manual_seed(1)
     outputs = [Output(False, 3), Output(True, 2)]
@@ -172,18 +189,45 @@ def test_pruning_takes_channels_that_do_nothing_and_keeps_the_answers(seed: int,
         convolutions[1].weight[:, idle[0]] = 0
         for norm, channels in zip(norms, idle, strict=False):
             norm.weight[channels] = norm.bias[channels] = 0
-        first = next(layer for layer in network.head.layers if isinstance(layer, nn.Linear))
+        first, *rest = [layer for layer in network.head.layers if isinstance(layer, nn.Linear)]
+        for last in rest:
+            units = torch.randperm(hidden)[: hidden // 2]
+            first.weight[units] = first.bias[units] = 0
+            last.weight[:, units] = 0
         # What is constant 0 counts only by the head's mean; let that be nothing too.
         network.head.mean[idle[1]] = 0
         first.weight[:, idle[1]] = 0
     pixels = torch.randint(0, 256, (3, 3, 12, 12), dtype=torch.uint8)
     with torch.no_grad():
         before = network(pixels)
-    prune(network, 12, 0.5)
+    assert prune(network, 12, 0.5) == (48 + hidden, 24 + hidden // 2)
     with torch.no_grad():
         after = network(pixels)
     assert [layer.out_channels for layer in network.body if isinstance(layer, nn.Conv2d)] == [8, 16]
     torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("filters", "share", "left"),
+    [([12, 12], 0.5, [6, 6]), ([16, 32], 0.1, [14, 28]), ([20, 10], 0.25, [15, 7]), ([3, 20], 0.75, [3, 5])],
+)
+def test_pruning_removes_the_share_that_is_asked_for(filters: list[int], share: float, left: list[int]) -> None:
+    """Rounded up to whole channels, to no multiple of anything; where none would stay, none goes."""
+    torch.manual_seed(0)
+    network = CustomCnn([(n, 3, 2) for n in filters], 3, 0, 0.0, True)
+    assert prune(network, 12, share) == (sum(filters), sum(left))
+    assert [layer.out_channels for layer in network.body if isinstance(layer, nn.Conv2d)] == left
+
+
+def test_a_network_of_single_channels_loses_none() -> None:
+    assert prune(CustomCnn([(1, 3, 2), (1, 3, 2)], 3, 0, 0.0, True), 12, 0.3) == (2, 2)
+
+
+def test_a_network_costs_what_torchs_own_counter_says() -> None:
+    network = CustomCnn([(5, 3, 2), (9, 3, 1)], 3, 7, 0.0, True).eval()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        network(torch.zeros(1, 3, 18, 18, dtype=torch.uint8))
+    assert macs(network, 18) == counter.get_total_flops() // 2
 
 
 def test_folding_the_heads_standardisation_changes_no_answer() -> None:
@@ -213,6 +257,11 @@ def test_a_network_that_cannot_be_followed_is_refused_in_a_sentence() -> None:
     ("techniques", "candidate", "sentence"),
     [
         ({"a": {"kind": "int8", "of": "b"}, "b": {"kind": "int8"}}, None, "a.of 'b', which must be a technique listed"),
+        ({"a": {"kind": "int8"}, "b": {"kind": "int8", "of": "a"}}, None, "b.of 'a', which is in 8 bits already"),
+        (
+            {"a": {"kind": "int8"}, "b": {"kind": "shared_weights", "clusters": 4, "of": "a"},
+             "c": {"kind": "int8", "of": "b"}}, None, "c.of 'b', which is in 8 bits already",
+        ),
         ({"a": {"kind": "int4"}}, None, "`compress.techniques.a.kind` must be 'int8', .* but got 'int4'"),
         ({"a": {"kind": "int8", "bits": 8}}, None, "unknown key `compress.techniques.a.bits`"),
         ({"a": {"kind": "pruned", "epochs": 1}}, None, "`compress.techniques.a.share` is missing"),
@@ -220,6 +269,7 @@ def test_a_network_that_cannot_be_followed_is_refused_in_a_sentence() -> None:
         ({"a": {"kind": "shared_weights", "clusters": 257}}, None, "a.clusters` must be at most 256, but got 257"),
         ({"a": {"kind": "distilled", "student": "nobody"}}, None, "a.student` is 'nobody', but `models` defines"),
         ({"refitted": {"kind": "int8"}}, None, "names 'refitted', which is the model that all of them are made from"),
+        ({"index.html": {"kind": "int8"}}, None, "names 'index.html', but .* so use a name without dots"),
         ({"a/b": {"kind": "int8"}}, None, "every name in `compress.techniques` must be letters"),
         ({"a": {"kind": "int8"}}, "b", "`compress` has candidate 'b', but its techniques are a"),
     ],
@@ -227,6 +277,27 @@ def test_a_network_that_cannot_be_followed_is_refused_in_a_sentence() -> None:
 def test_wrong_settings_are_told_with_their_key(techniques: dict, candidate: str | None, sentence: str) -> None:
     with pytest.raises(PleatError, match=sentence):
         load_params({"compress": {"techniques": techniques, "candidate": candidate}})
+
+
+@pytest.mark.parametrize(
+    ("student", "training", "sentence"),
+    [
+        ({}, {"loss": {"kind": "asymmetric", "gamma_positive": 0.0, "gamma_negative": 4.0, "margin": 0.05},
+              "label_smoothing": 0.0},
+         "`training.student.loss.kind` is 'asymmetric', which is for multilabel targets only"),
+        ({"kind": "frozen", "backbone": "test_vit", "weights": None}, {"augment": {"mixup": 0.2}},
+         "`training.student.augment` changes pixels, but models.student is frozen"),
+    ],
+)  # fmt: skip
+def test_students_are_checked_as_the_models_of_the_experiment(student: dict, training: dict, sentence: str) -> None:
+    settings = document()
+    model = settings["experiment"]["models"][0]
+    settings["models"]["student"] = student or settings["models"][model]
+    settings["training"]["student"] = settings["training"][model] | training
+    params.check(settings, "params.yaml")  # what nothing trains is not judged
+    settings["compress"] = {"techniques": {"taught": {"kind": "distilled", "student": "student"}}, "candidate": None}
+    with pytest.raises(PleatError, match=sentence):
+        params.check(settings, "params.yaml")
 
 
 def test_the_exported_mobilenet_answers_real_photos_as_torch_does(real_data: Path) -> None:

@@ -1,5 +1,6 @@
 """Nothing half-written is ever taken for finished."""
 
+import errno
 import json
 import os
 import signal
@@ -153,6 +154,18 @@ def test_a_full_disk_inside_a_folder_names_the_folder_that_the_reader_knows(smal
         stage()
     assert str(caught.value).startswith(f"Could not write {small_disk / 'stage' / 'large'}: No space left")
     assert names(small_disk) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(FileNotFoundError(errno.ENOENT, "no such file", "weights"), False), (ConnectionError("no network"), False),
+     (OSError(errno.ENOSPC, "full"), True), (OSError(errno.EDQUOT, "quota"), True)],
+)  # fmt: skip
+def test_only_errors_of_writing_inside_a_folder_are_told_as_such(error: OSError, told: bool, tmp_path: Path) -> None:
+    with pytest.raises(PleatError if told else type(error)) as caught, atomic_folder(tmp_path / "stage"):
+        raise error
+    assert ("Could not write" in str(caught.value)) == told
+    assert names(tmp_path) == []
 
 
 def test_a_folder_that_cannot_be_written_is_a_sentence(read_only: Path, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from pipeline_steps.complexity.compress.refitted import Made, Refitted
-from pipeline_steps.complexity.compress.training import Goal, fit_anew
+from pipeline_steps.complexity.compress.threads import threads_restored
+from pipeline_steps.complexity.compress.training import Goal, Plan, fit_anew
 from pipeline_steps.files import atomic_path
 from pipeline_steps.params_compress import Distilled
 from pipeline_steps.progress import say, track
@@ -31,6 +32,7 @@ class Distillation(Objective):
     temperature: float = 1.0
     soft_share: float = 0.0
     teacher: Tensor = field(default_factory=lambda: torch.empty(0), repr=False, compare=False)
+    _placed: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def split_codes(self, codes: Tensor) -> list[Tensor]:
         """As of the objective, without the last column."""
@@ -39,7 +41,9 @@ class Distillation(Objective):
     def loss(self, logits: Tensor, codes: Tensor, weights: list[Tensor | None]) -> Tensor:  # type: ignore[override]
         """A scalar; logits (batch, n_outputs), codes (batch, k + 1)."""
         hard = super().loss(logits, codes, weights)
-        taught = self.teacher.to(logits.device)[codes[:, -1]]
+        if logits.device not in self._placed:  # moved once, not at every step
+            self._placed[logits.device] = self.teacher.to(logits.device)
+        taught = self._placed[logits.device][codes[:, -1]]
         parts = zip(self.outputs, self.split(logits), self.split(taught), strict=True)
         soft = [
             _divergence(part / self.temperature, answer / self.temperature, output.multilabel)
@@ -65,7 +69,7 @@ def make(refitted: Refitted, name: str, settings: Distilled, out: Path) -> Made:
         f"{settings.student} in place of {refitted.model}, trained for {training.max_epochs} epochs, "
         f"{settings.soft_share:.0%} of its loss from the answers of that model at temperature {settings.temperature:g}"
     )
-    return fit_anew(refitted, name, student, training, training.max_epochs, out, told, taught)
+    return fit_anew(refitted, name, Plan(student, training, training.max_epochs), out, told, taught)
 
 
 def answers(refitted: Refitted, name: str) -> Tensor:
@@ -75,22 +79,20 @@ def answers(refitted: Refitted, name: str) -> Tensor:
     """
     from pipeline_steps.serving.classifier import Classifier
 
-    path = refitted.scratch / f"answers-{refitted.about['package'][:16]}.npy"
+    path = refitted.scratch / f"answers-{refitted.key}.npy"
     if path.is_file():
         return torch.from_numpy(np.load(path))
     rows = refitted.samples[refitted.samples["side"] == "train"]
     n_outputs = sum(len(target.classes) for target in refitted.targets)
     found = np.zeros((len(refitted.samples), n_outputs), dtype=np.float32)
     say(f"compress: {name}: {refitted.model} answers {len(rows):,} images of training")
-    n_threads = torch.get_num_threads()
-    images = track(
-        Classifier(refitted.package).probabilities(refitted.encoded(rows)), f"compress {name}", len(rows), "images"
-    )
-    for row, answer in zip(rows.index, images, strict=True):
-        if isinstance(answer, Exception):
-            raise answer
-        found[row] = np.concatenate([answer[target.name] for target in refitted.targets])
-    torch.set_num_threads(n_threads)  # a classifier takes one
+    with threads_restored():  # a classifier takes one
+        answered = Classifier(refitted.package).probabilities(refitted.encoded(rows))
+        images = track(answered, f"compress {name}", len(rows), "images")
+        for row, answer in zip(rows.index, images, strict=True):
+            if isinstance(answer, Exception):
+                raise answer
+            found[row] = np.concatenate([answer[target.name] for target in refitted.targets])
     with atomic_path(path) as partial, partial.open("wb") as file:
         np.save(file, found)
     return torch.from_numpy(found)

@@ -41,9 +41,12 @@ def quantize(graph: Path, pixels: npt.NDArray[np.uint8]) -> bytes:
             return None if image is None else {"pixels": image[None]}
 
     with _without_warnings(), tempfile.TemporaryDirectory(prefix="pleat-int8-") as folder:
-        fused, quantized = Path(folder) / "fused.onnx", Path(folder) / "int8.onnx"
+        whole, fused, quantized = (Path(folder) / f"{name}.onnx" for name in ("whole", "fused", "int8"))
+        # With its weights inside and as a path: of a model in memory it puts every tensor into another file, also those
+        # that shapes are computed from, which onnx then cannot check.
+        onnx.save(onnx.load(graph), whole)
         # Batch norms are folded into convolutions. Symbolic shapes are left out: nothing here needs more than onnx's.
-        quant_pre_process(onnx.load(graph), fused, skip_symbolic_shape=True)
+        quant_pre_process(str(whole), str(fused), skip_symbolic_shape=True)
         model = onnx.load(fused)
         share_equal(model)
         quantize_static(

@@ -7,15 +7,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 from pipeline_steps.complexity.compress.refitted import Made, NotPossibleError, Refitted
-from pipeline_steps.complexity.compress.training import fit, inputs_of, macs, write
+from pipeline_steps.complexity.compress.training import Plan, fit, inputs_of, macs, write
 from pipeline_steps.fitting import build_objective
 from pipeline_steps.params_compress import Pruned
 from pipeline_steps.params_models import CustomCnn, FinetunedModel, FrozenModel, Model, OneCycle, ScratchModel
 from pipeline_steps.train import codes_of
+from pipeline_steps.units import with_unit
 from pipeline_steps.vision.networks import CustomCnn as CustomCnnNetwork
 from pipeline_steps.vision.networks import Head
-
-ROUND_TO = 8  # channels stay a multiple of it where they are many: what is odd runs slower than what is full
 
 
 def make(refitted: Refitted, name: str, settings: Pruned, out: Path) -> Made:
@@ -28,32 +27,31 @@ def make(refitted: Refitted, name: str, settings: Pruned, out: Path) -> Made:
     """
     network, size = restored(refitted)
     before = macs(network, size)
-    prune(network, size, settings.share)
-    after = macs(network, size)
-    if after >= before:
-        raise NotPossibleError(f"{settings.share:g} of the channels of {refitted.model} are too few to remove any")
+    n_channels, n_left = prune(network, size, settings.share)
+    if n_left == n_channels:
+        raise NotPossibleError(
+            f"no layer of {refitted.model} is wide enough to lose {settings.share:g} of its channels and keep one"
+        )
     training = refitted.training.model_copy(
         update={
             "learning_rate": settings.learning_rate,
             "batch_size": settings.batch_size,
             "max_epochs": settings.epochs,
-            "patience": settings.epochs,
             "weight_average": 0.0,
             "decay": OneCycle(kind="one_cycle"),
             "devices": 1,
         }
     )
-    pixels = _on_pixels(refitted.settings)
-    inputs, version = inputs_of(refitted, pixels)
+    plan = Plan(_as_a_whole(refitted.settings), training, settings.epochs)
+    inputs, version = inputs_of(refitted, plan.settings)
     goal = build_objective(training, refitted.targets), codes_of(refitted.targets, refitted.samples)
-    # Every layer learns alike, so no settings of the model before apply.
-    plain = FinetunedModel(kind="finetuned", backbone="", weights=None)
-    fit(refitted, name, plain, training, network, goal, inputs, version, settings.epochs)
+    fit(refitted, name, plan, network, goal, inputs, version)
+    removed = n_channels - n_left
     told = (
-        f"{settings.share:.0%} of the channels of each layer removed, {before / 1e6:,.0f} M MACs became "
-        f"{after / 1e6:,.0f} M; then trained as a whole for {settings.epochs} epochs"
+        f"{removed:,} of {n_channels:,} channels removed ({removed / n_channels:.1%}), {with_unit(before)} MACs became "
+        f"{with_unit(macs(network, size))}; then trained as a whole for {settings.epochs} epochs"
     )
-    return write(refitted, name, network, size, {}, training.mirror, out, told)
+    return write(refitted, name, plan, network, size, {}, out, told)
 
 
 def restored(refitted: Refitted) -> tuple[nn.Module, int]:
@@ -79,13 +77,16 @@ def restored(refitted: Refitted) -> tuple[nn.Module, int]:
     return network.requires_grad_(True), refitted.cost["input_size"]
 
 
-def prune(network: nn.Module, size: int, share: float) -> None:
+def prune(network: nn.Module, size: int, share: float) -> tuple[int, int]:
     """Removes channels in place: in each group of layers that hang together those of the smallest weights (L2 norm).
 
     Args:
         network: with a `head` of the class `Head`, whose inputs are pruned with what they come from.
         size: of the input, pixels a side.
-        share: of the channels of each layer.
+        share: of the channels of each layer, rounded up to whole channels; a layer that would lose all stays as it is.
+
+    Returns:
+        Channels of all layers but the last, before and after.
 
     Raises:
         NotPossibleError: torch-pruning cannot follow the network.
@@ -97,6 +98,7 @@ def prune(network: nn.Module, size: int, share: float) -> None:
     fold_standardisation(head)
     outputs = [layer for layer in head.layers if isinstance(layer, nn.Linear)][-1]
     example = torch.zeros(1, 3, size, size)
+    before = _n_channels(network, outputs)
     network.eval()
     try:
         pruner = tp.pruner.BasePruner(
@@ -105,7 +107,6 @@ def prune(network: nn.Module, size: int, share: float) -> None:
             importance=tp.importance.GroupMagnitudeImportance(p=2),
             pruning_ratio=share,
             ignored_layers=[outputs],
-            round_to=ROUND_TO,
         )
         pruner.step()
         first = next(layer for layer in head.layers if isinstance(layer, nn.Linear))
@@ -117,6 +118,14 @@ def prune(network: nn.Module, size: int, share: float) -> None:
         raise NotPossibleError(
             f"torch-pruning cannot follow this network ({type(error).__name__}: {reason})"
         ) from error
+    return before, _n_channels(network, outputs)
+
+
+def _n_channels(network: nn.Module, outputs: nn.Linear) -> int:
+    """What convolutions and linear layers give, without the last one, whose outputs are the classes."""
+    convolutions = sum(layer.out_channels for layer in network.modules() if isinstance(layer, nn.Conv2d))
+    linear = [layer for layer in network.modules() if isinstance(layer, nn.Linear) and layer is not outputs]
+    return convolutions + sum(layer.out_features for layer in linear)
 
 
 def fold_standardisation(head: Head) -> None:
@@ -128,9 +137,9 @@ def fold_standardisation(head: Head) -> None:
     head.mean, head.std = torch.zeros_like(head.mean), torch.ones_like(head.std)
 
 
-def _on_pixels(settings: Model) -> Model:
-    """Settings whose prepared inputs are pixels."""
-    if not isinstance(settings, FrozenModel):
+def _as_a_whole(settings: Model) -> Model:
+    """The settings by which all layers learn from pixels, and alike."""
+    if not isinstance(settings, FrozenModel | FinetunedModel):
         return settings
     return FinetunedModel(
         kind="finetuned", backbone=settings.backbone, weights=settings.weights, input_size=settings.input_size,

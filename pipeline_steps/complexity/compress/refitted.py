@@ -1,5 +1,6 @@
 """The refitted model as what the techniques start from, and what they have in common."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -9,12 +10,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from pipeline_steps import targets
+from pipeline_steps import model_card, targets
 from pipeline_steps.files import read_json, read_parquet
 from pipeline_steps.packed import read_images
 from pipeline_steps.params import Params
-from pipeline_steps.params_models import Model, Training
+from pipeline_steps.params_models import CustomCnn, Model, ScratchModel, Training
+from pipeline_steps.prepare import IMAGES_A_CHUNK, sha256
 from pipeline_steps.targets import Target
+from pipeline_steps.versions import digest
+from pipeline_steps.vision.weights import check_weights
 
 
 class NotPossibleError(Exception):
@@ -23,12 +27,20 @@ class NotPossibleError(Exception):
 
 @dataclass(frozen=True)
 class Made:
-    """What a technique gave beside the package: what one image costs, and in a sentence what was done."""
+    """What a technique gave beside the package.
+
+    Attributes:
+        params: of the network; `macs` and `input_size` (pixels a side) of one image.
+        told: what was done, a phrase.
+        epochs: of the last training that the weights come from; `settings`: those of it, by dotted key.
+    """
 
     params: int
     macs: int
     input_size: int
     told: str
+    epochs: int
+    settings: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -86,13 +98,38 @@ class Refitted:
         found = read_json(self.root / "data" / "profile" / f"{self.model}.json")
         return {name: int(found[name]) for name in ("params", "macs", "input_size")}
 
-    def encoded(self, rows: pd.DataFrame) -> list[bytes]:
-        """The images of these samples as they were ingested, in their order."""
-        found: dict[str, bytes] = {}
-        for batch, part in rows.groupby("batch"):
-            pack = self.root / "data" / "ingest" / str(batch) / "images.arrow"
-            found |= read_images(pack, part["sample_id"].tolist())
-        return [found[sample_id] for sample_id in rows["sample_id"]]
+    @property
+    def made(self) -> Made:
+        """The same of the refitted model itself."""
+        settings = model_card.settings_of(self.settings, self.training)
+        return Made(**self.cost, told="", epochs=int(self.about["epochs"]), settings=settings)
+
+    @property
+    def key(self) -> str:
+        """Names the model and the samples of both sides: by it what lies in `scratch` is found again."""
+        return digest(self.about["package"], self.about["holdout"])[:16]
+
+    def weights_of(self, settings: Model) -> str:
+        """Names the contents of a model's weights file; empty where it has none.
+
+        Raises:
+            PleatError: the file does not exist, or is none of safetensors.
+        """
+        if isinstance(settings, CustomCnn | ScratchModel) or settings.weights is None:
+            return ""
+        file = self.root / settings.weights
+        check_weights(settings.backbone, file)
+        return sha256(file)
+
+    def encoded(self, rows: pd.DataFrame) -> Iterator[bytes]:
+        """The images of these samples as they were ingested, in their order, a few of them in memory at a time."""
+        for start in range(0, len(rows), IMAGES_A_CHUNK):
+            chunk = rows.iloc[start : start + IMAGES_A_CHUNK]
+            found: dict[str, bytes] = {}
+            for batch, part in chunk.groupby("batch"):
+                pack = self.root / "data" / "ingest" / str(batch) / "images.arrow"
+                found |= read_images(pack, part["sample_id"].tolist())
+            yield from (found[sample_id] for sample_id in chunk["sample_id"])
 
     def training_pixels(self, n: int, preprocessing: dict[str, Any]) -> npt.NDArray[np.uint8]:
         """Up to `n` images of the training side as a network sees them, uint8 (n, 3, size, size), always the same."""

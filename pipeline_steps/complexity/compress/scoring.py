@@ -3,15 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
 from pipeline_steps import metrics
-from pipeline_steps.bootstrap import Answers, Estimate, Holdout, Labels, labels_of, paired_bootstrap
+from pipeline_steps.bootstrap import Answers, Estimate, Holdout, labels_of, paired_bootstrap
 from pipeline_steps.complexity.compress.refitted import Refitted
-from pipeline_steps.model_card import CONFIDENCE, Held
+from pipeline_steps.complexity.compress.threads import threads_restored
+from pipeline_steps.model_card import CONFIDENCE, Held, labels_answered
+from pipeline_steps.refit import numbers
 from pipeline_steps.serving.classifier import Classifier
 
 
@@ -36,9 +36,8 @@ def score(refitted: Refitted, package: Path) -> Scored:
     """
     rows = refitted.samples[refitted.samples["side"] == "holdout"]
     thresholds = refitted.travels.get("thresholds", {})
-    n_threads = torch.get_num_threads()
-    answered = list(Classifier(package).probabilities(refitted.encoded(rows))) if len(rows) else []
-    torch.set_num_threads(n_threads)  # a classifier takes one
+    with threads_restored():  # a classifier takes one
+        answered = list(Classifier(package).probabilities(refitted.encoded(rows))) if len(rows) else []
     for answer in answered:
         if isinstance(answer, Exception):
             raise answer  # the pipeline has decoded these images before
@@ -51,8 +50,8 @@ def score(refitted: Refitted, package: Path) -> Scored:
     if not len(rows):
         return Scored(held, {}, {})
     scores = [metrics.headlines(one.target.codes(rows), one.probability, one.predicted) for one in held]
-    of_targets = {one.target.name: _numbers(own) for one, own in zip(held, scores, strict=True)}
-    return Scored(held, _numbers(metrics.mean_of_targets(scores)), of_targets)
+    of_targets = {one.target.name: numbers(own) for one, own in zip(held, scores, strict=True)}
+    return Scored(held, numbers(metrics.mean_of_targets(scores)), of_targets)
 
 
 def change(refitted: Refitted, scored: Scored, base: Scored) -> Estimate:
@@ -64,13 +63,4 @@ def change(refitted: Refitted, scored: Scored, base: Scored) -> Estimate:
 
 
 def _answers(scored: Scored) -> Answers:
-    return {one.target.name: _labels(one) for one in scored.held}
-
-
-def _labels(held: Held) -> list[Labels]:
-    applies = metrics.indicator(held.predicted, len(held.target.classes))
-    return [tuple(held.target.classes[code] for code in np.flatnonzero(row)) for row in applies]
-
-
-def _numbers(scores: Any) -> dict[str, float | None]:
-    return {name: None if np.isnan(value) else float(value) for name, value in scores.items()}
+    return {one.target.name: labels_answered(one) for one in scored.held}

@@ -1,5 +1,6 @@
 """From a technique of params.yaml to the file that knows it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from pipeline_steps import package
@@ -7,13 +8,13 @@ from pipeline_steps.complexity.compress.refitted import Made, NotPossibleError, 
 from pipeline_steps.params_compress import Distilled, FewerFilters, Int8, Pruned, SharedWeights, SmallerInput, Technique
 
 
-def make(refitted: Refitted, name: str, settings: Technique, source: Path, cost: Made, out: Path) -> Made:
+def make(refitted: Refitted, name: str, settings: Technique, source: Path, made: Made, out: Path) -> Made:
     """Writes the package that a technique gives into the empty folder `out`.
 
     Args:
         name: what params.yaml calls it.
         source: the package that int8 and shared_weights change.
-        cost: of that package's network.
+        made: what there is to say of that package.
 
     Raises:
         NotPossibleError: the technique cannot be used on this model.
@@ -26,7 +27,7 @@ def make(refitted: Refitted, name: str, settings: Technique, source: Path, cost:
         pixels = refitted.training_pixels(settings.calibration_images, _preprocessing(source))
         graph = int8.quantize(source / "network.onnx", pixels)
         told = f"weights and activations in 8 bits, ranges from {len(pixels):,} images of training"
-        return _changed(out, source, graph, name, cost, told)
+        return _changed(out, source, graph, name, made, told)
     if isinstance(settings, SharedWeights):
         from pipeline_steps.complexity.compress import shared_weights
 
@@ -34,7 +35,7 @@ def make(refitted: Refitted, name: str, settings: Technique, source: Path, cost:
         if not n_shared:
             raise NotPossibleError("no layer has enough weights in 32 bits to share")
         told = f"at most {settings.clusters} values of weights a layer, in {n_shared} layers"
-        return _changed(out, source, graph, name, cost, told)
+        return _changed(out, source, graph, name, made, told)
     if isinstance(settings, SmallerInput):
         from pipeline_steps.complexity.compress import smaller_input
 
@@ -59,7 +60,7 @@ def _preprocessing(package_folder: Path) -> dict[str, object]:
     return dict(read_json(package_folder / "about.json")["preprocessing"])
 
 
-def _changed(out: Path, source: Path, graph: bytes, name: str, cost: Made, told: str) -> Made:
-    told = f"{cost.told}; then {told}" if cost.told else told
+def _changed(out: Path, source: Path, graph: bytes, name: str, made: Made, told: str) -> Made:
+    told = f"{made.told}; then {told}" if made.told else told
     package.write_other_graph(out, source, graph, {"compression": {"name": name, "told": told}})
-    return Made(cost.params, cost.macs, cost.input_size, told)
+    return replace(made, told=told)
