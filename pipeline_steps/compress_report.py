@@ -15,8 +15,8 @@ from pipeline_steps.complexity.compress.refitted import Refitted
 from pipeline_steps.complexity.compress.timing import N_THREADS, ROUNDS
 from pipeline_steps.files import write_text
 from pipeline_steps.params import flat
-from pipeline_steps.plots import BLUE, PALE, SOFT, figure, short
-from pipeline_steps.plots_compare import label_points, log_ticks
+from pipeline_steps.plots import BLUE, PALE, SOFT, figure, log_ticks, short
+from pipeline_steps.plots_compare import label_points
 from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def quality_against_cost(path: Path, table: pd.DataFrame) -> None:
             axes.scatter(cost[1:], change[1:], s=54, color=BLUE, zorder=3)
             axes.scatter(cost[:1], change[:1], s=54, facecolor="white", edgecolor=BLUE, zorder=3)
             axes.set_xlim(cost.min() / 1.8, cost.max() * 1.8)
-            log_ticks(axes, lambda cost: f"{cost:g}")
+            log_ticks(axes.xaxis, lambda cost: f"{cost:g}")
             axes.margins(y=0.14)
             axes.set_xlabel(label)
             axes.set_ylabel("change in weighted F1 (points), 95% interval" if place == 0 else "")

@@ -3,7 +3,7 @@
 Nothing here touches pyplot, so there is no global state and no display; pictures are drawn by Agg.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,10 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator, PercentFormatter
 from matplotlib.typing import RcKeyType
 
 from pipeline_steps import metrics
@@ -86,6 +87,19 @@ def short(name: str) -> str:
     """A name that fits into a picture; a long one loses its middle, as names often differ at one of their ends."""
     name = " ".join(name.split())
     return name if len(name) <= MAX_NAME else f"{name[: MAX_NAME // 2]}…{name[-MAX_NAME // 2 + 1 :]}"
+
+
+def log_ticks(axis: Axis, told: Callable[[float], str]) -> None:
+    """Few round values on a log axis, written as `told` writes them; its limits are set before."""
+    low, high = sorted(axis.get_view_interval())
+    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    for steps in ((1, 2, 5), (1, 3), (1,)):
+        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
+        if len(ticks) <= 9:
+            break
+    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: told(value)))
 
 
 def confusion(path: Path, counts: Ints, classes: Sequence[str]) -> None:

@@ -1,6 +1,6 @@
 """Pictures that set models side by side; style and helpers are those of plots.py."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 
@@ -9,11 +9,11 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.path import Path as MplPath
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Bbox
 
 from pipeline_steps.metrics import Floats
-from pipeline_steps.plots import BLUE, MARKERS, PALE, SERIES, SOFT, figure, short
+from pipeline_steps.plots import BLUE, MARKERS, PALE, SERIES, SOFT, figure, log_ticks, short
 from pipeline_steps.units import with_unit
 
 LABEL_DISTANCES_PX = (14, 27, 42, 60, 80, 102, 126, 152, 180, 210)
@@ -50,7 +50,7 @@ def quality_against_macs(path: Path, board: pd.DataFrame, n_targets: int) -> Non
         axes = drawing.add_subplot(xscale="log")
         low, high = macs.min() / 3, macs.max() * 3
         axes.set_xlim(low, high)
-        log_ticks(axes, with_unit)
+        log_ticks(axes.xaxis, with_unit)
         axes.step(macs[front], score[front], where="post", color=PALE, lw=1.5, zorder=1)
         below, above = score - board["f1_weighted_ci95_low"], board["f1_weighted_ci95_high"] - score
         # An interval that the folds do not define is drawn as none at all.
@@ -66,19 +66,6 @@ def quality_against_macs(path: Path, board: pd.DataFrame, n_targets: int) -> Non
         axes.set_title("Quality against cost; line and filled dots: Pareto front", loc="left")
         drawing.draw_without_rendering()
         label_points(axes, macs, score, error, front, [short(name) for name in board["model"]])
-
-
-def log_ticks(axes: Axes, told: Callable[[float], str]) -> None:
-    """Few round values on a log axis of x, written as `told` writes them; its limits are set before."""
-    low, high = axes.get_xlim()
-    powers = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
-    for steps in ((1, 2, 5), (1, 3), (1,)):
-        ticks = [step * 10.0**power for power in powers for step in steps if low <= step * 10.0**power <= high]
-        if len(ticks) <= 9:
-            break
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: told(value)))
 
 
 def label_points(axes: Axes, x: Floats, y: Floats, error: Floats, front: Sequence[int], names: Sequence[str]) -> None:

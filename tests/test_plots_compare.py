@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from pipeline_steps import pages, plots_compare
+from pipeline_steps import pages, plots, plots_compare
+from pipeline_steps.units import with_unit
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6)), min_size=1, max_size=9))
@@ -21,6 +23,25 @@ def test_pareto_front_by_definition(models: list[tuple[int, int]]) -> None:
     }
     assert {models[place] for place in front} == set(models) - beaten
     assert [models[place] for place in front] == sorted(models[place] for place in front)
+
+
+@given(st.floats(-2, 11), st.floats(0.3, 6))
+@settings(max_examples=10, deadline=None)
+def test_a_log_axis_has_some_round_ticks_written_as_asked(start: float, decades: float) -> None:
+    """Over less than a decade matplotlib itself labels the steps between, as formulas."""
+    drawing = Figure()
+    for axis in (drawing.subplots().xaxis, drawing.subplots().yaxis):
+        axis.axes.set(xscale="log", yscale="log", xlim=(1, 10), ylim=(1, 10))
+        axis.set_view_interval(10**start, 10 ** (start + decades), ignore=True)
+        plots.log_ticks(axis, with_unit)
+        drawing.draw_without_rendering()
+        written = [label.get_text() for label in axis.get_ticklabels(which="both")]
+        assert written == [with_unit(value) for value in axis.get_majorticklocs()]
+        assert 1 <= len(written) <= 9
+        mantissas = {
+            float(f"{value / 10 ** np.floor(np.log10(value) + 1e-9):.6g}") for value in axis.get_majorticklocs()
+        }
+        assert mantissas <= {1, 2, 3, 5}
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(1, 12))

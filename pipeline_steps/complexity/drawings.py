@@ -9,11 +9,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter
 
 from pipeline_steps.complexity.effective import Effective
 from pipeline_steps.complexity.latency import Peak, Timing
-from pipeline_steps.plots import BLUE, GREEN, INK, PALE, PURPLE, VERMILLION, figure, short
+from pipeline_steps.plots import BLUE, GREEN, INK, PALE, PURPLE, VERMILLION, figure, log_ticks, short
 from pipeline_steps.units import with_unit
 
 if TYPE_CHECKING:
@@ -87,8 +86,8 @@ def _panel(axes: Axes, table: pd.DataFrame, timing: Timing, peak: Peak) -> None:
     axes.text(0.02, 0.97, f"memory: {with_unit(peak.bytes_per_s)}B/s", transform=axes.transAxes, va="top", color=INK)
     axes.set_xlabel("FLOPs for each byte moved")
     axes.set_ylabel("FLOP/s (larger: takes more of the time)")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: with_unit(value)))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    log_ticks(axes.yaxis, with_unit)
+    log_ticks(axes.xaxis, lambda value: f"{value:g}")
     axes.set_title(f"Batch of {timing.batch}, {timing.place}", loc="left")
 
 
