@@ -32,20 +32,12 @@ BIN = Path(sys.executable).parent
 HEALTHY_WITHIN_S = 300
 STOP_WITHIN_S = 10
 POLL_S = 0.5
-LOCK_TIMEOUT_S = 60  # for which a writer waits for another; SQLite's 5 s are too few on a machine that trains
+LOCK_TIMEOUT_S = 20  # for which a writer waits for another; SQLite's 5 s are too few on a machine that trains
 DEATHS, DEATHS_WITHIN_S = 3, 600  # a component that dies this often is not started again
 NO_PROXY = ("NO_PROXY", "no_proxy")
 SLOTS = "from pipeline_steps.vision.lease import slots; print(slots())"
 # What names a database, certificates or other DAGs belongs to another installation of Airflow.
 NOT_INHERITED = ("AIRFLOW__DATABASE__", "AIRFLOW__API__SSL_", "AIRFLOW__DAG_PROCESSOR__DAG_BUNDLE_CONFIG_LIST")
-# Airflow's components in the order in which they start; the scheduler comes last, once the pool is there. Their servers
-# of task logs would listen on all interfaces; on one machine the api-server reads the files themselves.
-COMPONENTS = {
-    "api-server": ["api-server"],
-    "dag-processor": ["dag-processor"],
-    "triggerer": ["triggerer", "--skip-serve-logs"],
-    "scheduler": ["scheduler", "--skip-serve-logs"],
-}
 
 
 def run(root: Path, port: int, mlflow_port: int) -> None:
@@ -74,10 +66,11 @@ def run(root: Path, port: int, mlflow_port: int) -> None:
         if os.environ.get("MLFLOW_TRACKING_URI"):
             say("MLFLOW_TRACKING_URI is set, but runs of this Airflow go to the MLflow that is started here.")
         password = _password(home / "simple_auth_manager_passwords.json.generated")
-        every = _Components(root, environment(root, port, mlflow_port), home / "output")
+        execution_port = _free_port()
+        every = _Components(root, environment(root, port, mlflow_port, execution_port), home / "output")
         try:
             started = time.monotonic()
-            _start(every, root, port, mlflow_port)
+            _start(every, root, port, mlflow_port, execution_port)
             say(f"Healthy after {time.monotonic() - started:.0f} s.")
             # Where the output goes to a file, the password must not.
             shown = password if sys.stdout.isatty() else f"in {home / 'simple_auth_manager_passwords.json.generated'}"
@@ -94,7 +87,7 @@ def run(root: Path, port: int, mlflow_port: int) -> None:
         say("Stopped. Runs that were under way go on after the next start.")
 
 
-def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
+def environment(root: Path, port: int, mlflow_port: int, execution_port: int) -> dict[str, str]:
     """The environment of each component, and of any `airflow` command for the project's own Airflow.
 
     Variables of the caller that set Airflow's pace or size (AIRFLOW__...) win over the ones here. Those that say where
@@ -105,6 +98,7 @@ def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
         root: the project.
         port: of Airflow's UI and API.
         mlflow_port: of MLflow.
+        execution_port: of the API that tasks report to.
     """
     home, address = _home(root.resolve()), f"http://{LOOPBACK}:{port}"
     usual = {
@@ -139,7 +133,7 @@ def environment(root: Path, port: int, mlflow_port: int) -> dict[str, str]:
         "AIRFLOW__CORE__PLUGINS_FOLDER": str(home / "plugins"),
         "AIRFLOW__CORE__EXECUTOR": "LocalExecutor",
         "AIRFLOW__CORE__HOSTNAME_CALLABLE": "pipeline_steps.standalone.hostname",
-        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"{address}/execution/",
+        "AIRFLOW__CORE__EXECUTION_API_SERVER_URL": f"http://{LOOPBACK}:{execution_port}/execution/",
         "AIRFLOW__CORE__AUTH_MANAGER": "airflow.api_fastapi.auth.managers.simple.simple_auth_manager.SimpleAuthManager",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_USERS": f"{USER}:admin",
         "AIRFLOW__CORE__SIMPLE_AUTH_MANAGER_ALL_ADMINS": "False",
@@ -242,9 +236,9 @@ class _Components:
         """Ends every component with all processes below it."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
-        # The api-server first: a task that is ended can then report no failure, and the next start takes it up again.
-        first = [component for component in self.running.values() if component.name == "api-server"]
-        others = [component for component in self.running.values() if component.name != "api-server"]
+        # The execution API first: a task that is ended can then report no failure; the next start takes it up again.
+        first = [component for component in self.running.values() if component.name == "execution-api"]
+        others = [component for component in self.running.values() if component.name != "execution-api"]
         for group in (first, others):
             for component in group:
                 component.process.terminate()
@@ -259,7 +253,24 @@ class _Components:
         raise PleatError(f"{what}; the last lines of {component.log}:\n{component.last_lines()}")
 
 
-def _start(every: _Components, root: Path, port: int, mlflow_port: int) -> None:
+def _airflow(execution_port: int) -> dict[str, list[str]]:
+    """Airflow's components in the order in which they start; the scheduler comes last, once the pool is there.
+
+    The API for people and the one for tasks are two processes: Airflow notes each request of a person in its database
+    while it handles nothing else, so a task's request of the same process that is in the middle of writing would never
+    end, and SQLite lets only one write. Airflow's servers of task logs would listen on all interfaces; on one machine
+    the api-server reads the files themselves.
+    """
+    return {
+        "execution-api": ["api-server", "--apps", "execution", "--port", str(execution_port)],
+        "api-server": ["api-server", "--apps", "core"],
+        "dag-processor": ["dag-processor"],
+        "triggerer": ["triggerer", "--skip-serve-logs"],
+        "scheduler": ["scheduler", "--skip-serve-logs"],
+    }
+
+
+def _start(every: _Components, root: Path, port: int, mlflow_port: int, execution_port: int) -> None:
     since = datetime.now(UTC)
     with ThreadPoolExecutor() as beside:
         devices = beside.submit(_devices)
@@ -268,11 +279,11 @@ def _start(every: _Components, root: Path, port: int, mlflow_port: int) -> None:
         every.finish("migrate", "airflow", "db", "migrate")
         say("Starting Airflow and MLflow.")
         slots = str(devices.result())
-    for name, command in COMPONENTS.items():
+    for name, command in _airflow(execution_port).items():
         if name == "scheduler":
             every.finish("pool", "airflow", "pools", "set", "gpu", slots, "One slot for each device that trains")
         every.start(name, "airflow", *command)
-    while waiting := _not_healthy(port, mlflow_port, since):
+    while waiting := _not_healthy(port, mlflow_port, execution_port, since):
         every.check()
         if datetime.now(UTC).timestamp() - since.timestamp() > HEALTHY_WITHIN_S:
             raise PleatError(
@@ -300,15 +311,19 @@ def _mlflow(root: Path, port: int) -> list[str]:
     return ["mlflow", "server", *stores, *proxied, "--host", LOOPBACK, "--port", str(port), "--workers", "1"]
 
 
-def _not_healthy(port: int, mlflow_port: int, since: datetime) -> list[str]:
+def _not_healthy(port: int, mlflow_port: int, execution_port: int, since: datetime) -> list[str]:
     """Names of what does not answer yet; a heartbeat from before `since` is that of an earlier start."""
     waiting = []
     with requests.Session() as session:
         session.trust_env = False  # no proxy
-        try:
-            session.get(f"http://{LOOPBACK}:{mlflow_port}/health", timeout=5).raise_for_status()
-        except requests.RequestException:
-            waiting.append("mlflow")
+        for name, address in (
+            ("mlflow", f"{mlflow_port}/health"),
+            ("execution-api", f"{execution_port}/execution/health"),
+        ):
+            try:
+                session.get(f"http://{LOOPBACK}:{address}", timeout=5).raise_for_status()
+            except requests.RequestException:
+                waiting.append(name)
         try:
             answer = session.get(f"http://{LOOPBACK}:{port}/api/v2/monitor/health", timeout=5)
             answer.raise_for_status()
@@ -375,6 +390,12 @@ def _check_ports(ports: Mapping[str, int]) -> None:
                     f"Port {port} of {LOOPBACK} cannot be used ({error.strerror}); "
                     f"choose another, such as `pleat airflow {option} {port + 1}`."
                 ) from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((LOOPBACK, 0))
+        return int(probe.getsockname()[1])
 
 
 def _password(path: Path) -> str:

@@ -70,7 +70,7 @@ def served_in(folder: Path, prepare: Callable[[Path], object] = use_quick) -> It
         mlflow = MlflowClient(f"http://127.0.0.1:{mlflow_port}")
         ours = os.environ.copy()
         os.environ.update(environment() | more)
-        inside = standalone.environment(project, port, mlflow_port)
+        inside = standalone.environment(project, port, mlflow_port, free_port())
         os.environ.clear()
         os.environ.update(ours)
         yield Served(project, airflow, mlflow, password, inside, process)

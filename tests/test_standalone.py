@@ -39,7 +39,15 @@ def test_everything_is_healthy_and_listens_on_the_loopback_interface_only(airflo
         for connection in process.net_connections("inet")
         if connection.status == psutil.CONN_LISTEN
     }
-    assert listening == {("127.0.0.1", airflow.port), ("127.0.0.1", airflow.mlflow_port)}
+    assert {host for host, _ in listening} == {"127.0.0.1"}
+    ports = {port for _, port in listening}
+    assert {airflow.port, airflow.mlflow_port} < ports
+    # Tasks report to a process of their own: in one with the UI's, a person's request and a task's would wait for each
+    # other's turn at the database.
+    [for_tasks] = ports - {airflow.port, airflow.mlflow_port}
+    assert requests.get(f"http://127.0.0.1:{for_tasks}/execution/health", timeout=30).json() == {"status": "healthy"}
+    of_people = requests.get(f"http://127.0.0.1:{airflow.port}/execution/health", timeout=30)
+    assert of_people.headers["content-type"].startswith("text/html"), "the UI's page for unknown addresses"
 
 
 def test_only_the_printed_password_opens_it(airflow: Running) -> None:
@@ -55,7 +63,7 @@ def test_secrets_are_in_no_log_and_in_files_of_the_user_only(airflow: Running) -
     hidden = [line.partition(" = ")[2] for line in settings if line.startswith(("jwt_secret", "fernet_key"))]
     assert len(hidden) == 2
     written = [path for folder in ("output", "logs") for path in (airflow.home / folder).rglob("*") if path.is_file()]
-    assert {"mlflow.log", "scheduler.log", "api-server.log"} <= {path.name for path in written}
+    assert {"mlflow.log", "scheduler.log", "api-server.log", "execution-api.log"} <= {path.name for path in written}
     for path in written:
         assert not [secret for secret in [airflow.password(), *hidden] if secret in path.read_text()], path
 

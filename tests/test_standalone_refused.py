@@ -118,7 +118,7 @@ def test_airflow_reads_the_environment_as_it_is_meant(tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in theirs.items():
             patch.setenv(name, value)
-        environment = standalone.environment(tmp_path / "ours", 8123, 5123)
+        environment = standalone.environment(tmp_path / "ours", 8123, 5123, 9123)
     (tmp_path / "ours").mkdir()
     code = """
 import json
@@ -137,8 +137,8 @@ print(json.dumps({"known": sorted(known), "set": conf.as_dict(display_sensitive=
         "core.executor": "LocalExecutor",
         "core.dags_folder": str(tmp_path / "ours" / "dags"),
         "core.simple_auth_manager_all_admins": "False",
-        "core.execution_api_server_url": "http://127.0.0.1:8123/execution/",
-        "database.sql_alchemy_conn": f"sqlite:///{home}/airflow.db?timeout=60",
+        "core.execution_api_server_url": "http://127.0.0.1:9123/execution/",
+        "database.sql_alchemy_conn": f"sqlite:///{home}/airflow.db?timeout=20",
         "database.sql_alchemy_conn_async": "",
         "logging.base_log_folder": f"{home}/logs",
         "logging.remote_logging": "False",
