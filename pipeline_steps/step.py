@@ -25,6 +25,7 @@ from pipeline_steps.versions import EXPERIMENT, EXPERIMENT_TAGS, RUN, code_versi
 from pipeline_steps.yaml_text import text_of, unshared
 
 FROM_ELSEWHERE = Path(".pleat") / "from-elsewhere"  # in a workspace that stages of other workers had a part in
+SHORT_BLOCK = 4  # settings
 TRAINING = "workflowType=machine_learning"  # else MLflow shows a new browser its pages for language models
 
 
@@ -101,11 +102,25 @@ def set_up(root: str, dag_id: str, run_id: str, conf: Mapping[str, Any], by_hand
 
 
 def _of_this_run(params: Mapping[str, Any]) -> str:
-    """Settings without those of models that are not trained, and of the inbox, which is not looked at."""
+    """Settings without those of models that are not trained, and of the inbox, which is not looked at.
+
+    Small blocks take one line, so that the page of a log shows the most of them without scrolling.
+    """
     shown = {key: value for key, value in params.items() if key != "inbox"}
     for block in ("models", "training"):
         shown[block] = {name: params[block][name] for name in params["experiment"]["models"]}
-    return text_of(unshared(shown))
+    document = unshared(shown)
+    _close_up(document)
+    return text_of(document)
+
+
+def _close_up(block: Any) -> None:
+    values = list(block.values())
+    if len(values) <= SHORT_BLOCK and not any(isinstance(value, dict | list) for value in values):
+        block.fa.set_flow_style()
+    for value in values:
+        if isinstance(value, dict):
+            _close_up(value)
 
 
 def run_stage(
