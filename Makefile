@@ -45,7 +45,7 @@ mlflow: setup ## the MLflow UI on http://127.0.0.1:5000
 # a core.
 SERVERS := tests/test_airflow_celery.py tests/test_airflow_local.py tests/test_airflow_ui.py
 MORE_SERVERS := tests/test_airflow_new_data.py $(wildcard tests/test_standalone*.py) tests/test_docker_services.py \
-	$(wildcard tests/test_register*.py) tests/test_inbox.py tests/test_lease.py
+	$(wildcard tests/test_register*.py)
 
 test: setup ## all tests
 	@mkdir -p build
