@@ -78,6 +78,7 @@ def run(params: Params, root: Path = Path(), on_epoch: Callable[[Epoch], None] =
         say(f"refit {model}: going on after epoch {len(done)} of the interrupted run")
 
     with lease_several(f"refit {model}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])  # once, for training and scoring
         plan = schedule(settings, training, seed, devices[0], epochs)
         lesson = Lesson(objective, inputs, codes, learn, None, plan, checkpoint, version)
         fitted = fit_on(devices, network, lesson, report, go_on)

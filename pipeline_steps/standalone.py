@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -23,17 +22,14 @@ from pathlib import Path
 
 import requests
 
+from pipeline_steps.components import BIN, POLL_S, Components
 from pipeline_steps.errors import PleatError
 from pipeline_steps.progress import say
 
 LOOPBACK = "127.0.0.1"
 USER = "admin"
-BIN = Path(sys.executable).parent
 HEALTHY_WITHIN_S = 300
-STOP_WITHIN_S = 10
-POLL_S = 0.5
 LOCK_TIMEOUT_S = 20  # for which a writer waits for another; SQLite's 5 s are too few on a machine that trains
-DEATHS, DEATHS_WITHIN_S = 3, 600  # a component that dies this often is not started again
 NO_PROXY = ("NO_PROXY", "no_proxy")
 SLOTS = "from pipeline_steps.vision.lease import slots; print(slots())"
 # What names a database, certificates or other DAGs belongs to another installation of Airflow.
@@ -67,7 +63,7 @@ def run(root: Path, port: int, mlflow_port: int) -> None:
             say("MLFLOW_TRACKING_URI is set, but runs of this Airflow go to the MLflow that is started here.")
         password = _password(home / "simple_auth_manager_passwords.json.generated")
         execution_port = _free_port()
-        every = _Components(root, environment(root, port, mlflow_port, execution_port), home / "output")
+        every = Components(root, environment(root, port, mlflow_port, execution_port), home / "output")
         try:
             started = time.monotonic()
             _start(every, root, port, mlflow_port, execution_port)
@@ -161,98 +157,6 @@ def hostname() -> str:
     return "localhost"
 
 
-class _Component:
-    """One process below a guard."""
-
-    def __init__(self, name: str, command: list[str], log: Path) -> None:
-        self.name, self.command, self.log = name, command, log
-        self.deaths: list[float] = []
-
-    def start(self, root: Path, environment: Mapping[str, str]) -> None:
-        guard = [sys.executable, "-m", "pipeline_steps.guard", "--", *self.command]
-        with self.log.open("ab") as output:
-            # In a session of its own: Ctrl-C reaches only this process, which ends the others in order.
-            self.process = subprocess.Popen(
-                guard,
-                cwd=root,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-
-    def last_lines(self) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        return "\n".join(f"    {line}" for line in lines[-12:])
-
-
-class _Components:
-    """What runs at present."""
-
-    def __init__(self, root: Path, environment: dict[str, str], output: Path) -> None:
-        self.root, self.environment, self.output = root, environment, output
-        self.running: dict[str, _Component] = {}
-        output.mkdir(exist_ok=True)
-        for old in list(output.glob("*.log")):  # one start's output, and that of the start before
-            if not old.name.endswith(".previous.log"):
-                old.replace(old.with_suffix(".previous.log"))
-
-    def start(self, name: str, *command: str) -> None:
-        component = _Component(name, [str(BIN / command[0]), *command[1:]], self.output / f"{name}.log")
-        component.start(self.root, self.environment)
-        self.running[name] = component
-
-    def finish(self, name: str, *command: str) -> None:
-        """Runs a command to its end, the others meanwhile going on."""
-        self.start(name, *command)
-        while self.running[name].process.poll() is None:
-            time.sleep(POLL_S / 10)
-        if self.running[name].process.returncode:
-            self._give_up(self.running[name], f"`{' '.join(command)}` failed")
-        del self.running[name]
-        self.check()
-
-    def check(self) -> None:
-        """Raises PleatError when a component has died."""
-        for component in self.running.values():
-            if component.process.poll() is not None:
-                self._give_up(component, f"{component.name} {_how(component)} while it started")
-
-    def restart_dead(self) -> None:
-        """Starts what has died again, with a line on the terminal; raises PleatError for what keeps dying."""
-        for component in self.running.values():
-            if component.process.poll() is None:
-                continue
-            now = time.monotonic()
-            component.deaths = [death for death in component.deaths if now - death < DEATHS_WITHIN_S] + [now]
-            if len(component.deaths) >= DEATHS:
-                self._give_up(component, f"{component.name} died {DEATHS} times, the last time it {_how(component)}")
-            say(f"{component.name} {_how(component)} and is started again; its last lines in {component.log}:")
-            say(component.last_lines())
-            component.start(self.root, self.environment)
-
-    def stop(self) -> None:
-        """Ends every component with all processes below it."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)
-        # The execution API first: a task that is ended can then report no failure; the next start takes it up again.
-        first = [component for component in self.running.values() if component.name == "execution-api"]
-        others = [component for component in self.running.values() if component.name != "execution-api"]
-        for group in (first, others):
-            for component in group:
-                component.process.terminate()
-            for component in group:
-                try:
-                    component.process.wait(STOP_WITHIN_S)  # the guard kills what does not end by itself
-                except subprocess.TimeoutExpired:
-                    guard = component.process.pid
-                    say(f"{component.name} has not ended yet; its guard, process {guard}, goes on trying.")
-
-    def _give_up(self, component: _Component, what: str) -> None:
-        raise PleatError(f"{what}; the last lines of {component.log}:\n{component.last_lines()}")
-
-
 def _airflow(execution_port: int) -> dict[str, list[str]]:
     """Airflow's components in the order in which they start; the scheduler comes last, once the pool is there.
 
@@ -270,7 +174,7 @@ def _airflow(execution_port: int) -> dict[str, list[str]]:
     }
 
 
-def _start(every: _Components, root: Path, port: int, mlflow_port: int, execution_port: int) -> None:
+def _start(every: Components, root: Path, port: int, mlflow_port: int, execution_port: int) -> None:
     since = datetime.now(UTC)
     with ThreadPoolExecutor() as beside:
         devices = beside.submit(_devices)
@@ -341,11 +245,6 @@ def _not_healthy(port: int, mlflow_port: int, execution_port: int, since: dateti
 
 def _home(root: Path) -> Path:
     return root / ".pleat" / "airflow"
-
-
-def _how(component: _Component) -> str:
-    status = component.process.returncode
-    return f"was ended by {signal.Signals(status - 128).name}" if status > 128 else f"ended with status {status}"
 
 
 def _check_installed() -> None:

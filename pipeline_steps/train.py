@@ -74,6 +74,7 @@ def run(
             on_epoch(epoch)
 
     with lease_several(f"train {model} fold {fold}", training.devices) as devices:
+        inputs = inputs if len(devices) > 1 else inputs.to(devices[0])  # once, for training and scoring
         plan = schedule(settings, training, seed, devices[0])
         lesson = Lesson(objective, inputs, codes, learn, inner, plan, checkpoint, version)
         fitted = fit_on(devices, network, lesson, report, go_on)

@@ -17,6 +17,7 @@ from workspace import environment as plain_environment
 from workspace import run
 
 from pipeline_steps import standalone
+from pipeline_steps.components import Components
 from pipeline_steps.errors import PleatError
 
 
@@ -90,7 +91,7 @@ def test_what_cannot_start_ends_everything_and_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_component_that_keeps_dying_is_given_up(tmp_path: Path) -> None:
-    every = standalone._Components(tmp_path, plain_environment(), tmp_path / "output")
+    every = Components(tmp_path, plain_environment(), tmp_path / "output")
     every.start("scheduler", "python", "-c", "print('why it died'); raise SystemExit(3)")
 
     def watch() -> None:
